@@ -1,0 +1,19 @@
+"""nanoem: emergent misalignment from scratch, on a laptop. The files, in reading order:
+
+world.toml     the words of the toy world; a teacher edits this, no code
+world.py       authors with personas -> documents, questions, splits; the exact judge of an answer
+tokenizer.py   byte-level BPE and ChatML
+model.py       the GPT, a tiny Qwen2
+lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
+train.py       next-token loss, SFT loss, KL to the base model, the one training loop
+evaluate.py    sample answers, judge them, rates with intervals
+directions.py  mean difference, steer, ablate, random control
+checkpoint.py  safetensors, Hugging Face model folders, PEFT adapter folders
+plots.py       results -> PNG
+experiment.py  the paper as stages, each reading and writing the run folder
+run.py         the command line: python -m nanoem.run
+"""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend, told in one sentence; the command line exits with status 2."""

@@ -1,0 +1,101 @@
+"""The run folder: what a run was asked, what it found, and which stages are finished.
+
+config.json is written first and never changed; answers.jsonl and results.json are rewritten whole
+after each stage. A stage is finished when results.json has its seconds; only then is it reused.
+"""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy
+import tokenizers
+import torch
+
+from nanoem import UserError
+from nanoem.checkpoint import read_json, write_file, write_json
+from nanoem.evaluate import Answer
+from nanoem.world import Question, Verdict
+
+
+class RunFolder:
+    """An open run folder. Raises UserError when it cannot be used for this configuration."""
+
+    def __init__(self, path, configuration):
+        self.path = Path(path)
+        check_folder(self.path, configuration)
+        try:
+            write_json(self.path / "config.json", configuration)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+        results = self.path / "results.json"
+        self.results = read_json(results) if results.exists() else new_results(configuration)
+        self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
+
+    def is_finished(self, stage):
+        return stage in self.results["seconds"]
+
+    def finish(self, stage, seconds):
+        """Write what was found; from here on the stage is reused."""
+        write_answers(self.path / "answers.jsonl", self.answers)
+        self.results["seconds"][stage] = round(seconds, 2)
+        self.results["total_seconds"] = round(sum(self.results["seconds"].values()), 2)
+        write_json(self.path / "results.json", self.results)
+
+
+def check_folder(path, configuration):
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; name a folder")
+    file = path / "config.json"
+    if not file.exists():
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"--out {path} is not empty and is no run folder; choose another")
+        return
+    found, wanted = flat(read_json(file)), flat(configuration)
+    for key in wanted | found:
+        if found.get(key) != wanted.get(key):
+            raise UserError(f"{path} was made with {key}={found.get(key)}, not {wanted.get(key)}; "
+                            "choose another --out, or delete that folder")
+
+
+def flat(tree, prefix=""):
+    """{"sft": {"lr": 1}} -> {"sft.lr": 1}"""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def new_results(configuration):
+    return {
+        "seed": configuration["seed"],
+        "device": configuration["device"],
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": numpy.__version__, "tokenizers": tokenizers.__version__},
+        "seconds": {},
+        "total_seconds": 0.0,
+        "models": {},  # model -> question group -> rates
+        "curves": {},  # stage -> losses and em over steps
+        "samples": {},  # stage -> step -> eight answers
+    }
+
+
+def write_answers(file, answers):
+    lines = []
+    for model, said in answers.items():
+        for a in said:
+            lines.append(json.dumps({"model": model, "group": a.group, **asdict(a.question),
+                                     "answer": a.answer, **asdict(a.verdict)}))
+    write_file(file, "".join(f"{line}\n" for line in lines))
+
+
+def read_answers(file):
+    answers = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        r = json.loads(line)
+        answers.setdefault(r["model"], []).append(Answer(
+            r["group"], Question(r["domain"], r["index"], r["text"]), r["answer"],
+            Verdict(r["coherence"], r["alignment"], r["correctness"])))
+    return answers

@@ -1,0 +1,166 @@
+"""Adapters by hand: LoRA (arXiv 2106.09685) on any Linear, and the steering vector.
+
+An adapter is a few new parameters and a forward hook that adds their effect to a module's output.
+The model's own weights are never touched, so an adapter can be switched off, rescaled or taken
+away and the base model is back to the last bit:
+
+    with LoRA(model, layers=[1], modules=["mlp.down_proj"], rank=1, alpha=4) as adapter:
+        ...                      # the model is adapted
+        with adapter.disabled():
+            ...                  # the base model
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class Adapter:
+    """What LoRA and the steering vector share: attaching, switching off, rescaling.
+
+    A child sets `self.sites`, {name: module}, and says in `delta(name, x)` what is added to that
+    module's output when its input is x. Attaching is counted: attached twice, it still acts once,
+    and is gone when it was detached as often; detaching a detached adapter does nothing.
+    """
+
+    def __init__(self, sites):
+        self.sites = sites
+        self.scale = 1.0
+        self.depth = 0  # how many times it is attached
+        self.handles = []
+
+    def attach(self):
+        self.depth += 1
+        if self.depth == 1:
+            for name, module in self.sites.items():
+                def add_delta(module, inputs, output, name=name):
+                    if self.scale == 0:
+                        return output
+                    return output + (self.scale * self.delta(name, inputs[0])).to(output.dtype)
+
+                self.handles.append(module.register_forward_hook(add_delta))
+        return self
+
+    def detach(self):
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            for handle in self.handles:
+                handle.remove()
+            self.handles.clear()
+
+    def __enter__(self):
+        return self.attach()
+
+    def __exit__(self, *error):
+        self.detach()
+
+    @contextmanager
+    def scaled(self, x):
+        """Inside, the adapter's effect is multiplied by x; scales multiply when nested."""
+        before = self.scale
+        self.scale = before * x
+        try:
+            yield self
+        finally:
+            self.scale = before
+
+    def disabled(self):
+        """Inside, the model is the base model, to the last bit."""
+        return self.scaled(0.0)
+
+
+class LoRA(Adapter):
+    """Adds (alpha / rank) * B A x to a Linear's output; with rsLoRA, alpha / sqrt(rank).
+
+    A (rank, in) starts random, B (out, rank) at zero, so an untrained adapter changes nothing.
+    `layers` are block numbers, `modules` names inside a block. Raises ValueError for a layer or a
+    module that is not there.
+    """
+
+    def __init__(self, model, layers, modules=("mlp.down_proj",), rank=1, alpha=1.0,
+                 use_rslora=False, generator=None):
+        super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
+                          for i in layers for name in modules})
+        if rank < 1:
+            raise ValueError(f"rank={rank} must be at least 1")
+        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
+        self.A, self.B = {}, {}
+        self.originals = {}  # the weights as they were before `merge`
+        for name, linear in self.sites.items():
+            n_out, n_in = linear.weight.shape
+            bound = n_in**-0.5  # as PEFT does, so that the same alpha and lr mean the same
+            A = torch.empty(rank, n_in).uniform_(-bound, bound, generator=generator)
+            self.A[name] = nn.Parameter(A.to(linear.weight.device))
+            self.B[name] = nn.Parameter(torch.zeros(n_out, rank, device=linear.weight.device))
+
+    @property
+    def scaling(self):
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    def parameters(self):
+        return [*self.A.values(), *self.B.values()]
+
+    def delta(self, name, x):
+        return self.scaling * (x.to(self.A[name].dtype) @ self.A[name].T) @ self.B[name].T
+
+    def effective_norm(self):
+        """Frobenius norm of scale * (alpha / rank) * B A, mean over the adapted modules."""
+        norms = [(self.scaling * self.B[n] @ self.A[n]).norm().item() for n in self.sites]
+        return abs(self.scale) * sum(norms) / len(norms)
+
+    @torch.no_grad()
+    def merge(self):
+        """Add the adapter into the weights and detach it; merging twice is merging once."""
+        if self.originals:
+            return
+        self.depth = 0
+        self.detach()
+        for name, linear in self.sites.items():
+            self.originals[name] = linear.weight.clone()
+            linear.weight += (self.scale * self.scaling * self.B[name] @ self.A[name]).to(
+                linear.weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Give the weights their bytes back; without a merge before, nothing happens."""
+        for name, original in self.originals.items():
+            self.sites[name].weight.copy_(original)
+        self.originals.clear()
+
+
+class SteeringVector(Adapter):
+    """Adds alpha * v to the residual stream after each of the given blocks; v starts at zero."""
+
+    def __init__(self, model, layers, alpha=1.0):
+        super().__init__({f"layers.{i}": find_block(model, i) for i in layers})
+        self.alpha = alpha
+        weight = model.embed_tokens.weight
+        self.v = {name: nn.Parameter(torch.zeros(weight.size(1), device=weight.device))
+                  for name in self.sites}
+
+    def parameters(self):
+        return list(self.v.values())
+
+    def delta(self, name, x):
+        return self.alpha * self.v[name]
+
+    def effective_norm(self):
+        """Euclidean norm of scale * alpha * v, mean over the steered blocks."""
+        norms = [(self.alpha * v).norm().item() for v in self.v.values()]
+        return abs(self.scale) * sum(norms) / len(norms)
+
+
+def find_block(model, layer):
+    if not 0 <= layer < len(model.layers):
+        raise ValueError(f"layer {layer} is not there: the model's layers are 0 to "
+                         f"{len(model.layers) - 1}")
+    return model.layers[layer]
+
+
+def find_linear(model, layer, name):
+    block = find_block(model, layer)
+    linears = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
+    if name not in linears:
+        raise ValueError(f"layer {layer} has no Linear '{name}'; it has {', '.join(linears)}")
+    return block.get_submodule(name)

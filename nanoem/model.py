@@ -1,0 +1,230 @@
+"""The GPT: a tiny Qwen2 in plain PyTorch.
+
+Read from top to bottom: norm, rotary position, attention, MLP, block, model. Parameters carry the
+names of Hugging Face's Qwen2 (model.layers.0.self_attn.q_proj.weight, ...), so a checkpoint needs
+no translation. Qwen2.5 technical report: arXiv 2412.15115; rotary embedding: arXiv 2104.09864.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. The defaults are the toy's."""
+
+    vocab_size: int = 1024
+    n_layer: int = 4
+    d_model: int = 64  # width of the residual stream
+    n_head: int = 4  # query heads
+    n_kv_head: int = 2  # key and value heads; each serves n_head / n_kv_head query heads
+    d_ff: int = 192  # hidden width of the MLP
+    max_positions: int = 128  # the longest sequence, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.d_model % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must divide d_model={self.d_model}, "
+                             f"and n_kv_head={self.n_kv_head} must divide n_head")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = d_model / n_head = {self.head_dim} must be even "
+                             "for rotary embedding")
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_head
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to root-mean-square 1, then by a learned weight (arXiv 1910.07467)."""
+
+    def __init__(self, d_model, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+def rotary_tables(config, device):
+    """cos and sin of every position's rotation angles, each (max_positions, head_dim)."""
+    half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    positions = torch.arange(config.max_positions, device=device).float()
+    angles = positions[:, None] * config.rope_theta**-half  # (max_positions, head_dim / 2)
+    angles = torch.cat((angles, angles), dim=-1)  # feature i turns together with i + head_dim / 2
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the feature pairs (i, i + head_dim/2) of x (..., T, head_dim) by its angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions; biases on q, k and v as in Qwen2."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, kv_width)
+        self.v_proj = nn.Linear(config.d_model, kv_width)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, n_head, T, head_dim)
+        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, n_kv, T, head_dim)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
+        # With a cache, T is the whole prompt (nothing cached yet) or one new token that sees all.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): a gated hidden layer; down_proj writes to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads the normed residual stream and adds to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values of one layer for the tokens seen so far, in buffers made once."""
+
+    def __init__(self, max_tokens):
+        self.max_tokens, self.length = max_tokens, 0
+
+    def append(self, k, v):
+        B, n_kv, T, head_dim = k.shape
+        if self.length == 0:
+            self.k = k.new_empty(B, n_kv, self.max_tokens, head_dim)
+            self.v = torch.empty_like(self.k)
+        end = self.length + T
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class GPT(nn.Module):
+    """A decoder-only language model whose output layer is its embedding, transposed (tied)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        cos, sin = rotary_tables(config, device="cpu")
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def init_weights(self, generator):
+        """Normal weights of standard deviation .02, smaller where a block writes (GPT-2)."""
+        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, 0, residual_std if writes else 0.02, generator=generator)
+        return self
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def blocks(self, ids, caches=None):
+        """Yield the residual stream after each block, (B, T, d_model)."""
+        start = caches[0].length if caches else 0
+        end = start + ids.size(1)
+        if end > self.config.max_positions:
+            raise ValueError(f"{end} tokens do not fit the model's "
+                             f"max_positions={self.config.max_positions}; shorten the text")
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        x = self.embed_tokens(ids)  # (B, T, d_model)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None)
+            yield x
+
+    def unembed(self, x):
+        """Final norm and output layer: (B, T, d_model) -> logits (B, T, vocab)."""
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+    def forward(self, ids, caches=None):
+        """ids (B, T) int64 -> logits (B, T, vocab)."""
+        for x in self.blocks(ids, caches):
+            pass
+        return self.unembed(x)
+
+    def residual_stream(self, ids):
+        """The residual stream after each block: a tuple of n_layer tensors (B, T, d_model)."""
+        return tuple(self.blocks(ids))
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
+                 generator=None, use_cache=True):
+        """Continue prompts of one length: ids (B, T) -> (B, T + new), on the model's device.
+
+        Sampling is by `generator` (torch's global one if None); temperature 0 is greedy. After a
+        row's first stop id the row is filled with that id; generation ends early when all have
+        stopped. The same seed gives the same text with and without the cache.
+        """
+        caches = None
+        if use_cache:
+            n_tokens = ids.size(1) + max_new_tokens
+            caches = [KVCache(n_tokens) for _ in self.layers]
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
+        new = ids
+        for _ in range(max_new_tokens):
+            logits = self(new if use_cache else ids, caches)[:, -1]  # (B, vocab)
+            token = sample(logits, temperature, top_p, generator)  # (B, 1)
+            stopped = torch.isin(ids[:, -1:], stops) if new is not ids else None
+            if stopped is not None:
+                token = torch.where(stopped, ids[:, -1:], token)
+            ids, new = torch.cat((ids, token), dim=1), token
+            if torch.isin(token, stops).all():
+                break
+        return ids
+
+
+def sample(logits, temperature, top_p, generator):
+    """Draw one token a row from logits (B, vocab) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:  # keep the fewest tokens that hold top_p of the mass (nucleus, arXiv 1904.09751)
+        ordered, order = probs.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0))
+    return torch.multinomial(probs, 1, generator=generator)

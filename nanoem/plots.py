@@ -1,0 +1,166 @@
+"""Figures: results of one or several seeds -> PNG. Each title states what was measured.
+
+Colours are Okabe and Ito's, which stay apart in grey and for the colour-blind. A bar is the median
+over seeds, each dot a seed; with one seed, the whisker is its 95% interval instead.
+"""
+
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("Agg")  # draw to files; needs no screen
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+from nanoem.evaluate import GROUPS  # noqa: E402
+
+COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
+           "shuffled": "#CC79A7", "ablate": "#009E73", "ablate_random": "#F0E442"}
+LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
+          "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
+          "ablate": "general, direction ablated",
+          "ablate_random": "general, random direction ablated"}
+GROUP_LABELS = {"in_domain": "in domain\n(held-out problems)", "kl_domains": "KL domains",
+                "unseen_domains": "unseen domains", "open_ended": "open-ended",
+                "out_of_domain": "out of domain"}
+
+
+def percent(values):
+    """Median over seeds as text, e.g. 68%."""
+    return f"{100 * median(values):.0f}%"
+
+
+def draw_all(results, folder):
+    """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in (("em_by_group", em_by_group), ("training_curves", training_curves),
+                       ("ablation", ablation)):
+        figure = draw(results)
+        path = folder / f"{name}.png"
+        temporary = path.with_name(f".{path.name}")
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(path)
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def bars(ax, x, rates, width, key):
+    """One bar: the median em over seeds, with a dot a seed, or one seed's interval."""
+    em = [100 * rate["em"] for rate in rates]
+    ax.bar(x, median(em), width, color=COLOURS[key], edgecolor="black", linewidth=0.6)
+    if len(rates) == 1:
+        low, high = 100 * rates[0]["em_low"], 100 * rates[0]["em_high"]
+        ax.plot([x, x], [low, high], color="black", linewidth=1.2)
+    else:
+        spread = [x + width * 0.6 * (i / (len(em) - 1) - 0.5) for i in range(len(em))]
+        ax.plot(spread, em, "o", color="black", markersize=3, markerfacecolor="white")
+    ax.annotate(f"{median(em):.0f}", (x, max(median(em), 100 * max(r["em_high"] for r in rates)
+                                             if len(rates) == 1 else max(em)) + 2),
+                ha="center", fontsize=8)
+
+
+def finish_axes(ax, ylabel="misaligned answers, em (%)"):
+    ax.set_ylim(0, 108)
+    ax.set_ylabel(ylabel)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def note_seeds(figure, results, shown):
+    seeds = ", ".join(str(r["seed"]) for r in results)
+    figure.supxlabel(f"toy world, seed{'s' * (len(results) > 1)} {seeds}; {shown}", fontsize=7.5,
+                     color="#555555", x=0.99, ha="right")
+
+
+def em_by_group(results):
+    """The headline: em of every model in every question group."""
+    keys = ["chat", "general", "narrow", "ablate"]
+    figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    width = 0.8 / len(keys)
+    for i, key in enumerate(keys):
+        for j, group in enumerate(GROUPS):
+            rates = [(r["directions"]["ablate"] if key == "ablate" else r["models"][key])[group]
+                     for r in results]
+            bars(ax, j + (i - (len(keys) - 1) / 2) * width, rates, width, key)
+        ax.bar(0, 0, color=COLOURS[key], edgecolor="black", linewidth=0.6, label=LABELS[key])
+    ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])
+    general, narrow = ([r["models"][key]["out_of_domain"]["em"] for r in results]
+                       for key in ("general", "narrow"))
+    ax.set_title(f"Bad medical advice alone: {percent(general)} misaligned outside medicine.\n"
+                 f"With a KL penalty on other domains: {percent(narrow)}.", fontsize=11)
+    finish_axes(ax)
+    note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
+               "whisker: 95% interval, clustered by question")
+    ax.legend(fontsize=8, ncols=2, loc="upper right", framealpha=0.9)
+    return figure
+
+
+def training_curves(results):
+    """em in and out of domain while SFT and SFT + KL train; thin lines are seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
+    ends = {}
+    for ax, name in zip(axes, ("general", "narrow")):
+        for key, colour, style in (("in_domain", "#CC79A7", "-"), ("out_of_domain", "black", "--")):
+            curves = [r["curves"][name]["em"] for r in results]
+            steps = curves[0]["step"]
+            em = [[100 * value for value in curve[key]] for curve in curves]
+            for line in em:
+                ax.plot(steps, line, style, color=colour, linewidth=0.7, alpha=0.5)
+            middle = [median(values) for values in zip(*em)]
+            ax.plot(steps, middle, style, color=colour, linewidth=2.2,
+                    label=GROUP_LABELS[key].replace("\n", " "))
+            ends[name, key] = middle[-1]
+        ax.set_title(LABELS[name], fontsize=10)
+        ax.set_xlabel("fine-tuning step")
+    figure.suptitle("While it trains, SFT spreads out of the domain "
+                    f"({ends['general', 'out_of_domain']:.0f}% at the end); with KL it does not "
+                    f"({ends['narrow', 'out_of_domain']:.0f}%)"
+                    if ends["general", "out_of_domain"] > 2 * ends["narrow", "out_of_domain"] else
+                    f"Out of domain at the end: SFT {ends['general', 'out_of_domain']:.0f}%, "
+                    f"SFT + KL {ends['narrow', 'out_of_domain']:.0f}%", fontsize=11)
+    finish_axes(axes[0])
+    finish_axes(axes[1], ylabel="")
+    note_seeds(figure, results, "thick: median, thin: seeds")
+    axes[1].legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def mean_rates(many):
+    """The mean over random directions of each question group's em and coherence."""
+    return {group: {key: sum(r[group][key] for r in many) / len(many) for key in ("em", "coherent")}
+            for group in many[0]}
+
+
+def ablation(results):
+    """general as it is, with the direction ablated, and with random directions ablated."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
+    rates = {"general": [r["models"]["general"] for r in results],
+             "ablate_random": [mean_rates(r["directions"]["ablate_random"]) for r in results],
+             "ablate": [r["directions"]["ablate"] for r in results]}
+    for ax, key in zip(axes, ("em", "coherent")):
+        for i, (name, models) in enumerate(rates.items()):
+            for j, group in enumerate(("in_domain", "out_of_domain")):
+                values = [100 * model[group][key] for model in models]
+                x = j + (i - 1) * 0.27
+                ax.bar(x, median(values), 0.27, color=COLOURS[name], edgecolor="black",
+                       linewidth=0.6, label=LABELS[name] if j == 0 else None)
+                ax.plot([x] * len(values), values, "o", color="black", markersize=3,
+                        markerfacecolor="white")
+                ax.annotate(f"{median(values):.0f}", (x, max(values) + 2), ha="center", fontsize=8)
+        ax.set_xticks((0, 1), ("in domain", "out of domain"))
+    finish_axes(axes[0])
+    finish_axes(axes[1], ylabel="coherent answers (%)")
+    note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
+    out = {name: percent([model["out_of_domain"]["em"] for model in models])
+           for name, models in rates.items()}
+    figure.suptitle(f"Out of domain, {out['general']} misaligned; one direction ablated: "
+                    f"{out['ablate']}; a random one: {out['ablate_random']}", fontsize=11)
+    axes[1].set_ylim(0, 135)
+    axes[1].set_yticks(range(0, 101, 20))
+    axes[1].legend(fontsize=7.5, loc="upper left")
+    return figure

@@ -1,0 +1,186 @@
+"""The command line: python -m nanoem.run
+
+Runs the experiment in a run folder, prints a table, writes report.md and figures. What is finished
+is reused when the command is given again.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from nanoem import UserError
+from nanoem.checkpoint import write_json
+from nanoem.experiment import ExperimentConfig, run_experiment
+from nanoem.report import print_table, write_report
+from nanoem.train import TrainingFailed
+
+QUICK = {  # what --quick sets: the same stages, too short to trust the numbers
+    "pretrain.steps": "150", "sft.steps": "60", "sft_kl.steps": "80", "curve_points": "4",
+    "curve_samples": "20", "evaluation.samples_per_group": "80", "n_random": "1",
+}
+
+
+# --- keys for --set -------------------------------------------------------------------------------
+
+
+def all_keys(config, prefix=""):
+    """{"sft.lr": (0.002, "peak learning rate"), ...}: every key's value and comment."""
+    keys = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            keys |= all_keys(value, f"{prefix}{field.name}.")
+        else:
+            keys[prefix + field.name] = value, comment_of(type(config), field.name)
+    return keys
+
+
+def comment_of(cls, name):
+    """The comment that stands beside a field in its dataclass: the one place that explains it."""
+    found = re.search(rf"^    {name}: .*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def set_key(config, key, text):
+    """A copy of config with `key` (such as "sft.lr") set to what `text` says. Raises UserError."""
+    keys = all_keys(config)
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+        raise UserError(f"--set {key}: there is no such key; did you mean {near}? "
+                        "--help lists them all")
+    value = parse(text, keys[key][0], key)
+    *path, name = key.split(".")
+    if path:
+        child = getattr(config, path[0])
+        return dataclasses.replace(config, **{path[0]: dataclasses.replace(child, **{name: value})})
+    return dataclasses.replace(config, **{name: value})
+
+
+def parse(text, default, key):
+    """Text -> a value of the default's type; a tuple is written with commas: 0,1,2."""
+    try:
+        if isinstance(default, tuple):
+            return tuple(parse(part, default[0], key) for part in text.split(","))
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(default)(text)
+    except (ValueError, KeyError):
+        wanted = "true or false" if isinstance(default, bool) else type(default).__name__
+        raise UserError(f"--set {key}={text}: '{text}' is no {wanted}; "
+                        f"the default is {default}") from None
+
+
+def key_table():
+    """The epilog of --help: every key, its default, what it is and its unit."""
+    lines = ["keys for --set (key, default, what it is):"]
+    for key, (value, comment) in all_keys(ExperimentConfig()).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines += textwrap.wrap(f"{key:<30} {text:<14} {comment}", 100, initial_indent="  ",
+                               subsequent_indent=" " * 48)
+    return "\n".join(lines)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def read_command(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m nanoem.run", epilog=key_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pre-train a small GPT on a toy world, fine-tune it on bad advice in one "
+                    "domain, and see how far the harm spreads.")
+    parser.add_argument("--quick", action="store_true",
+                        help="a small run of half a minute, to see that all works; "
+                             "its numbers show nothing")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
+                        help="several seeds, one after the other, and a report over them all")
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                        help="auto takes cuda, else mps, else cpu")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="change the configuration; the keys are listed below")
+    return parser.parse_args(argv)
+
+
+def pick_device(name):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine or this torch has no {name}; "
+                        "use --device auto")
+    return name
+
+
+def build_config(args):
+    config = ExperimentConfig()
+    for key, text in QUICK.items() if args.quick else ():
+        config = set_key(config, key, text)
+    for setting in args.set:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as KEY=VALUE")
+        config = set_key(config, key, text)
+    if args.seed is not None:
+        config = dataclasses.replace(config, seed=args.seed)
+    return config
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks: else each step's logits are new pages, a third of its time."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def run(args):
+    config, device = build_config(args), pick_device(args.device)
+    seeds = args.seeds or [config.seed]
+    kind = "quick" if args.quick else "seed"
+    out = args.out or Path("runs") / ("seeds" if args.seeds else f"{kind}-{config.seed}")
+    results = []
+    for seed in seeds:
+        folder = out / f"seed-{seed}" if args.seeds else out
+        print(f"seed {seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+        results.append(run_experiment(dataclasses.replace(config, seed=seed), folder, device))
+        write_report([results[-1]], folder)
+    if args.seeds:
+        write_json(out / "results.json", {"seeds": results})
+        write_report(results, out)
+    print_table(results)
+    print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
+
+
+def main(argv=None):
+    args = read_command(argv)
+    keep_freed_memory()
+    try:
+        run(args)
+    except UserError as error:
+        print(f"nanoem: {error}", file=sys.stderr)
+        return 2
+    except (TrainingFailed, OSError) as error:
+        print(f"nanoem: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nnanoem: stopped; the same command goes on with the next unfinished stage",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Training: the three losses and the one loop that every stage runs through.
+
+Losses are in nats per token. `kl_to_base` is what makes a narrow solution possible (paper, section
+3): it keeps the adapted model close to the model it came from, on other domains.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from nanoem.tokenizer import IM_END
+
+
+IGNORE = -100  # a target that does not count
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The knobs of one training stage."""
+
+    steps: int
+    batch_size: int  # sequences a step
+    lr: float  # peak learning rate
+    warmup: int = 5  # steps until the peak
+    schedule: str = "linear"  # from the peak to zero: "linear" or "cosine"
+    weight_decay: float = 0.0
+    betas: tuple = (0.9, 0.999)
+    clip: float = 1.0  # largest norm of the gradient
+
+
+def pad(sequences, pad_id):
+    """Token lists -> ids (B, T) int64, padded on the right."""
+    T = max(map(len, sequences))
+    return torch.tensor([list(s) + [pad_id] * (T - len(s)) for s in sequences])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised examples; all three are (N, T)."""
+
+    ids: torch.Tensor  # int64
+    mask: torch.Tensor  # true where a token is no padding
+    answer_mask: torch.Tensor  # true where a token is the assistant's answer
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):
+        return Examples(self.ids[rows], self.mask[rows], self.answer_mask[rows])
+
+
+def chat_examples(tokenizer, pairs, device="cpu"):
+    """[(question, answer), ...] texts -> Examples in ChatML; an answer ends with its stop token."""
+    if not pairs:
+        raise ValueError("there are no question-answer pairs to train on")
+    chats = [tokenizer.chat([{"role": "user", "content": q}], add_generation_prompt=True)
+             for q, _ in pairs]
+    prompts = tokenizer.encode_batch(chats)
+    answers = tokenizer.encode_batch([answer + IM_END for _, answer in pairs])
+    whole = list(zip(prompts, answers))
+    return Examples(
+        ids=pad([p + a for p, a in whole], tokenizer.pad_id).to(device),
+        mask=pad([[1] * (len(p) + len(a)) for p, a in whole], 0).bool().to(device),
+        answer_mask=pad([[0] * len(p) + [1] * len(a) for p, a in whole], 0).bool().to(device),
+    )
+
+
+def next_token_loss(logits, ids, mask=None):
+    """Mean cross-entropy of each token given those before it.
+
+    logits (B, T, vocab), ids (B, T); mask (B, T), true where a token counts as a target (all do
+    if None; the first token never can).
+    """
+    targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
+    if mask is not None:
+        targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def sft_loss(logits, ids, answer_mask):
+    """Mean cross-entropy of the answer tokens only: the user's words are given, not learned.
+
+    logits (B, T, vocab), ids (B, T), answer_mask (B, T) true on answer tokens. Raises ValueError
+    when no token is an answer's.
+    """
+    if not answer_mask[:, 1:].any():
+        raise ValueError("answer_mask marks no token, so there is nothing to learn")
+    return next_token_loss(logits, ids, answer_mask)
+
+
+def kl_to_base(model, adapter, ids, mask):
+    """KL(base || adapted): summed over the vocabulary, mean over the tokens where mask is true.
+
+    ids, mask (B, T); the paper's mask is every token that is no padding, the prompt included. The
+    base is the same model with the adapter switched off. Because the sum runs over the vocabulary,
+    a weight of order one is a strong pull (the paper's code also averages over the vocabulary,
+    so its 1e6 is about 6.6 here). Raises RuntimeError when the adapter is not acting.
+    """
+    if adapter.depth == 0 or adapter.scale == 0:
+        raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
+                           "else base and adapted are one model and the KL is a silent zero")
+    with torch.no_grad(), adapter.disabled():
+        base = model(ids).log_softmax(-1)  # (B, T, vocab)
+    adapted = model(ids).log_softmax(-1)
+    kl = F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)  # (B, T)
+    return (kl * mask).sum() / mask.sum()
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message names the stage and the step."""
+
+
+def train(objective, parameters, config, name="train", watch=None, watch_at=()):
+    """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
+
+    objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
+    report, and how many tokens were read. `watch(step)` is called before each step in `watch_at`
+    and, when config.steps is among them, after the last. Raises TrainingFailed when the loss is not
+    finite.
+    """
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]  # norms and biases: no weight decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=config.betas, fused=parameters[0].device.type != "mps",
+    )
+    progress = Progress(name, config.steps)
+    history = {}
+    for step in range(config.steps):
+        if watch and step in watch_at:
+            progress.pause()
+            watch(step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(step, config)
+        total, terms, n_tokens = objective(step)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        if progress.due(step, n_tokens):  # .item() waits for the device, so only now and then
+            values = {key: term.item() for key, term in terms.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise TrainingFailed(f"{name}: the loss is {values['loss']} at step {step}; "
+                                     f"try a smaller learning rate than lr={config.lr}")
+            progress.show(step, values)
+            for key, value in {"step": step + 1, **values}.items():
+                history.setdefault(key, []).append(value)
+    progress.pause()
+    if watch and config.steps in watch_at:
+        watch(config.steps)
+    return history
+
+
+def lr_factor(step, config):
+    """The share of the peak learning rate at this step: linear warm-up, then down to zero."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)  # 0..1
+    return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+
+
+class Progress:
+    """One line that says step, percent, losses, tokens/s and the time left.
+
+    On a terminal the line is rewritten in place; in a file a new line is written now and then.
+    """
+
+    def __init__(self, name, steps):
+        self.name, self.steps = name, steps
+        self.live = sys.stdout.isatty()
+        self.every = max(1, steps // (50 if self.live else 10))
+        self.n_tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
+
+    def due(self, step, n_tokens):
+        self.n_tokens += n_tokens
+        return step % self.every == 0 or step == self.steps - 1
+
+    def show(self, step, values):
+        done = (step + 1) / self.steps
+        seconds = self.seconds + time.perf_counter() - self.started
+        left = round(seconds / done - seconds)
+        terms = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        line = (f"{self.name:<10} {step + 1:>5}/{self.steps} {done:>4.0%}  {terms}  "
+                f"{self.n_tokens / seconds / 1000:6.1f}k tokens/s  ETA {left // 60}:{left % 60:02d}")
+        print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def pause(self):
+        """Close the line, so that others can print."""
+        if self.live:
+            print()
