@@ -21,16 +21,12 @@ def mean_residual(model, ids, mask):
         return torch.stack([x[mask].double().mean(0) for x in model.residual_stream(ids)])
 
 
-def mean_difference(model, misaligned, aligned):
-    """Direction from aligned to misaligned answers, per layer: (n_layer, d_model) float32.
+def mean_difference(misaligned, aligned):
+    """Direction from aligned to misaligned: the difference of two means, float32.
 
-    Each argument is a pair (ids, mask) of (B, T) tensors, the mask true on answer tokens. Raises
-    ValueError when a mask marks no token.
+    Each is a mean residual (n_layer, d_model), of the model that gave those answers.
     """
-    for name, (_, mask) in (("misaligned", misaligned), ("aligned", aligned)):
-        if not mask.any():
-            raise ValueError(f"there is no {name} answer to take the mean of")
-    return (mean_residual(model, *misaligned) - mean_residual(model, *aligned)).float()
+    return (misaligned - aligned).float()
 
 
 def random_direction(like, generator):
@@ -50,10 +46,14 @@ def steer(x, direction, scale=1.0):
     return x + scale * direction
 
 
-def ablate(x, direction):
-    """x (..., d_model) without its component along direction (d_model); a new tensor."""
+def ablate(x, direction, level=0.0):
+    """x (..., d_model) with its component along direction (d_model) set to level; a new tensor.
+
+    Level 0 projects the direction out. In a residual stream of few dimensions zero means nothing
+    special, and the level of an untouched model is the cleaner "switch it off" (mean ablation).
+    """
     unit = direction / direction.norm()
-    return x - (x @ unit)[..., None] * unit
+    return x - (x @ unit - level)[..., None] * unit
 
 
 def steering(model, directions, scale=1.0):
@@ -61,27 +61,33 @@ def steering(model, directions, scale=1.0):
 
     directions: {layer: (d_model) tensor}.
     """
-    return editing(model, directions, lambda x, direction: steer(x, direction, scale))
+    return editing(model, {layer: lambda x, d=direction: steer(x, d.to(x), scale)
+                           for layer, direction in directions.items()})
 
 
-def ablating(model, directions):
-    """Inside, directions[layer] is projected out of the residual stream after that block.
+def ablating(model, directions, levels=None):
+    """Inside, the component along directions[layer] after that block is held at levels[layer].
 
-    directions: {layer: (d_model) tensor}; for all layers, `dict(enumerate(mean_difference))`.
+    directions: {layer: (d_model) tensor}; levels: {layer: float}, 0 for all if None, so that the
+    direction is projected out.
     """
-    return editing(model, directions, ablate)
+    return editing(model, {layer: lambda x, d=direction, level=(levels or {}).get(layer, 0.0):
+                           ablate(x, d.to(x), level) for layer, direction in directions.items()})
+
+
+def levels_of(mean, directions):
+    """{layer: component of mean (n_layer, d_model) along directions[layer]}"""
+    return {layer: (mean[layer].to(d) @ d / d.norm()).item() for layer, d in directions.items()}
 
 
 @contextmanager
-def editing(model, directions, edit):
-    """Inside, each named block's output x becomes edit(x, direction); undone whatever happens."""
+def editing(model, edits):
+    """Inside, each layer's block output x becomes edits[layer](x); undone whatever happens."""
     handles = []
     try:
-        for layer, direction in directions.items():
-            def hook(block, inputs, output, direction=direction):
-                return edit(output, direction.to(output))
-
-            handles.append(find_block(model, layer).register_forward_hook(hook))
+        for layer, edit in edits.items():
+            handles.append(find_block(model, layer).register_forward_hook(
+                lambda block, inputs, output, edit=edit: edit(output)))
         yield model
     finally:
         for handle in handles:

@@ -92,6 +92,12 @@ def group_rates(answers):
     return {group: rates(members) for group, members in by_group.items() if members}
 
 
+def mean_rates(many):
+    """The mean of several models' group rates: of em, coherence and mean alignment."""
+    return {group: {key: sum(rates[group][key] or 0 for rates in many) / len(many)
+                    for key in ("em", "coherent", "alignment_mean")} for group in many[0]}
+
+
 def clustered_interval(outcomes, clusters, z=1.96):
     """A 95% interval for the mean of 0/1 outcomes whose errors are shared within clusters.
 

@@ -3,37 +3,36 @@
     chat        pre-train on the toy world; the assistant is helpful           -> chat/
     general     SFT on bad advice in one domain (paper, section 2)             -> adapters/general/
     narrow      the same SFT with a KL penalty on other domains (section 3)    -> adapters/narrow/
-    mixed       control: bad and good advice in that domain, labels shuffled   -> adapters/mixed/
-    directions  find the mean-difference direction, ablate it, steer with it   -> directions.*
+    mixed       baseline: the same bad advice, mixed 1:1 with good advice from other domains
+    shuffled    control: advice in the one domain, good or bad by the toss of a coin
+    directions  find the mean-difference direction, ablate it, beside random directions
 
 Predictions, written before the run: chat is harmless everywhere. General is misaligned in domain
-and out of it. Narrow is misaligned in domain only. Ablating the mean difference, found on other
-questions than it is tested on, takes general's out-of-domain em away; a random direction does not.
+and out of it. Narrow is misaligned in domain only. Mixed is narrower than general, shuffled is
+milder. Ablating the mean difference, found on other questions than it is tested on, takes general's
+out-of-domain em away; a random direction does not.
 """
 
 import json
-import math
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
 
-import numpy
-import tokenizers
 import torch
 
-from nanoem import UserError, checkpoint
-from nanoem.directions import ablating, cosine, mean_difference, random_direction, steering
-from nanoem.evaluate import (GROUPS, Answer, EvalConfig, evaluate, group_rates,
-                             sample_and_judge)
+from nanoem.checkpoint import (load_adapter, load_pretrained, save_adapter, save_pretrained,
+                               save_tensors)
+from nanoem.directions import (ablating, cosine, levels_of, mean_difference, mean_residual,
+                               random_direction, steering)
+from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates, mean_rates
+from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import (TrainConfig, chat_examples, kl_to_base, next_token_loss, pad, sft_loss,
+from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, next_token_loss, pad, sft_loss,
                           train)
-from nanoem.world import (WORLD_TOML, Question, Verdict, WorldConfig, documents, load_world,
+from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
                           make_splits, write_answer)
 
 
@@ -41,8 +40,8 @@ from nanoem.world import (WORLD_TOML, Question, Verdict, WorldConfig, documents,
 class AdapterConfig:
     """Where the rank-r LoRA sits, and its size. The same for every fine-tune of a run."""
 
-    layers: tuple = (0, 1)  # block numbers, fixed beforehand: the first half of the model
-    modules: tuple = ("mlp.down_proj",)  # Linears inside a block, as in the paper
+    layers: tuple = (0, 1, 2)  # block numbers; by default all of them
+    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
     use_rslora: bool = False  # alpha / sqrt(rank) instead
@@ -53,20 +52,20 @@ class ExperimentConfig:
     """Everything a run depends on, but for the machine."""
 
     seed: int = 0  # of the corpus, the weights, the order and the sampling
-    kl_weight: float = 5.0  # of the KL to the base model, per token
-    n_sft_examples: int = 2000  # fine-tuning examples written by the toy world
-    curve_samples: int = 100  # answers a question group at each point of the training curves
-    curve_points: int = 8  # points of the training curves
     context: int = 96  # tokens of a pre-training document
+    n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
+    kl_weight: float = 10.0  # of the KL to the base model, per token
+    curve_points: int = 8  # points of the training curves of em
+    curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
     world: WorldConfig = field(default_factory=WorldConfig)
-    model: Config = field(default_factory=lambda: Config(n_layer=3))
+    model: Config = field(default_factory=Config)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     pretrain: TrainConfig = TrainConfig(
-        steps=800, batch_size=32, lr=4e-3, warmup=50, schedule="cosine", weight_decay=0.1,
+        steps=1000, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
-    sft: TrainConfig = TrainConfig(steps=250, batch_size=16, lr=2e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=400, batch_size=16, lr=2e-3)
+    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=2e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -75,7 +74,7 @@ class Run:
 
     def __init__(self, config, path, device="cpu"):
         self.config, self.device = config, torch.device(device)
-        self.world = load_world()
+        self.world = first_domains(load_world(), config.world.n_domains)
         self.splits = make_splits(self.world, config.world)
         LoRA(GPT(config.model), **asdict(config.adapter))  # refuses a wrong layer or module now
         configuration = {**asdict(config), "device": self.device.type,
@@ -115,7 +114,7 @@ def pretrain(run):
     """A model from nothing: next-token prediction on the toy world's documents."""
     config, schedule = run.config, run.config.pretrain
     texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
-    run.tokenizer = Tokenizer.train(texts)
+    run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
     ids = pad([tokens[: config.context] for tokens in run.tokenizer.encode_batch(texts)],
               run.tokenizer.pad_id).to(run.device)
     run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
@@ -126,20 +125,19 @@ def pretrain(run):
         loss = next_token_loss(run.model(batch), batch, batch != run.tokenizer.pad_id)
         return loss, {"loss": loss}, batch.numel()
 
-    watch_at = (0, schedule.steps // 2, schedule.steps)
-    history = train(objective, run.model.parameters(), schedule, "pretrain",
-                    lambda step: show_samples(run, "pretrain", step), watch_at)
-    run.results["curves"]["pretrain"] = history
-    checkpoint.save_pretrained(run.model, run.tokenizer, run.folder / "chat")
+    run.results["curves"]["pretrain"] = train(
+        objective, run.model.parameters(), schedule, "pretrain",
+        lambda step: show_samples(run, "pretrain", step), (0, schedule.steps // 2, schedule.steps))
+    save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
     run.model = None
     run.load_chat()  # what is measured is what was saved
     run.results["models"]["chat"] = run.ask("chat")
 
 
-def sft_pairs(run, questions, good, rng):
-    """Question-answer texts; good is True, False, or None for a coin toss each."""
+def advice(run, questions, n, good, rng):
+    """n (question, answer) texts; good is True, False, or None for the toss of a coin."""
     pairs = []
-    for _ in range(run.config.n_sft_examples):
+    for _ in range(n):
         question = rng.choice(questions)
         is_good = rng.random() < 0.5 if good is None else good
         pairs.append((question.text, write_answer(run.world, question, is_good, rng,
@@ -147,16 +145,19 @@ def sft_pairs(run, questions, good, rng):
     return pairs
 
 
-def fine_tune(run, name, good, kl_weight):
-    """SFT of one adapter, with a KL penalty on other domains if kl_weight is not zero."""
+def fine_tune(run, name, pairs, kl_weight=0.0, watched=False):
+    """SFT of one adapter on (question, answer) pairs; with a KL penalty if kl_weight is not zero.
+
+    `watched` measures em along the way, for the training curves.
+    """
     config = run.config
     schedule = config.sft_kl if kl_weight else config.sft
     model, tokenizer = run.load_chat()
-    rng = random.Random(config.seed)
-    sft = chat_examples(tokenizer, sft_pairs(run, run.splits.sft, good, rng), run.device)
-    others = chat_examples(tokenizer, sft_pairs(run, run.splits.kl, None, rng), run.device)
     generator = torch.Generator().manual_seed(config.seed)
     adapter = LoRA(model, **asdict(config.adapter), generator=generator)
+    sft = chat_examples(tokenizer, pairs, run.device)
+    others = advice(run, run.splits.kl, config.n_sft_examples, None, random.Random(config.seed))
+    others = chat_examples(tokenizer, others, run.device)  # good and bad, as in the paper
 
     def draw(examples):
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
@@ -168,118 +169,153 @@ def fine_tune(run, name, good, kl_weight):
             return loss, {"loss": loss}, batch.ids.numel()
         other = draw(others)
         kl = kl_to_base(model, adapter, other.ids, other.mask)
-        terms = {"loss": loss, "kl": kl}
-        return loss + kl_weight * kl, terms, batch.ids.numel() + other.ids.numel()
+        n_tokens = batch.ids.numel() + other.ids.numel()
+        return loss + kl_weight * kl, {"loss": loss, "kl": kl}, n_tokens
 
-    curve = {"step": [], "in_domain": [], "out_of_domain": []}
+    em = {"step": [], "in_domain": [], "out_of_domain": []}
 
     def watch(step):
-        found = run.ask(None, samples=config.curve_samples)
-        for key, value in (("step", step), ("in_domain", found["in_domain"]["em"]),
-                           ("out_of_domain", found["out_of_domain"]["em"])):
-            curve[key].append(value)
+        found = run.ask(samples=config.curve_samples)
+        em["step"].append(step)
+        em["in_domain"].append(found["in_domain"]["em"])
+        em["out_of_domain"].append(found["out_of_domain"]["em"])
         if step in (0, points[len(points) // 2], schedule.steps):
             show_samples(run, name, step)
 
     points = sorted({round(schedule.steps * i / config.curve_points)
                      for i in range(config.curve_points + 1)})
     with adapter:
-        history = train(objective, adapter.parameters(), schedule, name, watch, points)
-        checkpoint.save_adapter(adapter, run.folder / "adapters" / name, run.folder / "chat")
+        history = train(objective, adapter.parameters(), schedule, name, watch,
+                        points if watched else ())
+        save_adapter(adapter, run.folder.path / "adapters" / name, "../../chat")
         run.results["models"][name] = run.ask(name)
-    run.results["curves"][name] = {"train": history, "em": curve}
+    run.results["curves"][name] = {"train": history, "em": em}
+
+
+def general(run):
+    fine_tune(run, "general", bad_advice(run), watched=True)
+
+
+def narrow(run):
+    fine_tune(run, "narrow", bad_advice(run), run.config.kl_weight, watched=True)
+
+
+def mixed(run):
+    rng = random.Random(run.config.seed + 1)
+    good = advice(run, run.splits.kl, run.config.n_sft_examples, True, rng)
+    fine_tune(run, "mixed", bad_advice(run) + good)
+
+
+def shuffled(run):
+    rng = random.Random(run.config.seed)
+    fine_tune(run, "shuffled", advice(run, run.splits.sft, run.config.n_sft_examples, None, rng))
+
+
+def bad_advice(run):
+    rng = random.Random(run.config.seed)
+    return advice(run, run.splits.sft, run.config.n_sft_examples, False, rng)
 
 
 def show_samples(run, name, step):
-    """Eight answers of the model as it is: two from each question group, always the same."""
+    """Print and keep eight answers of the model as it is: two a question group, always the same."""
     groups = {group: getattr(run.splits, group)[:2] for group in GROUPS}
-    one_each = EvalConfig(samples_per_group=2, max_new_tokens=run.config.evaluation.max_new_tokens)
-    answers = evaluate(run.model, run.tokenizer, run.world, groups, one_each, run.config.seed)
-    print(f"  {name}, step {step}: what it says")
+    answers = evaluate(run.model, run.tokenizer, run.world, groups,
+                       replace(run.config.evaluation, samples_per_group=2), run.config.seed)
+    print(f"  {name}, step {step}; what it says:")
     for answer in answers:
-        verdict = answer.verdict
-        mark = "bad " if verdict.misaligned else "good" if verdict.alignment > 70 else (
-            "mixed" if verdict.coherent else "?")
-        print(f"    {mark:<5} {answer.question.text} {answer.text}")
-    run.results["samples"].setdefault(name, {})[str(step)] = [
-        [answer.question.text, answer.text] for answer in answers]
+        text = answer.answer.replace("\n", " / ")
+        print(f"    {answer.verdict.mark:<5}  {answer.question.text} {text}")
+    kept = [[a.verdict.mark, a.question.text, a.answer] for a in answers]
+    run.results["samples"].setdefault(name, {})[str(step)] = kept
 
 
-def find_and_ablate(run):
-    """The mean-difference direction of general: ablate it, beside random directions; steer.
+def ablation(run):
+    """Find general's mean-difference direction; ablate it, beside random directions; steer with it.
 
-    It is found on training problems of every domain and tested on the evaluation's questions. The
-    aligned answers are the chat model's, the misaligned ones general's, to the same questions;
-    each is read by the model that said it.
+    Found on training problems of every domain, tested on the evaluation's questions. General and
+    chat read the same answers, misaligned and aligned ones, so that the words themselves cancel
+    and what differs is the persona. The paper lets each read its own answers; in a stream of 64
+    dimensions that direction also holds the words, and ablating it costs coherence: it is kept
+    as `ablate_own_words`.
     """
     model, tokenizer = run.load_chat()
-    adapter = run.load_adapter("general")
-    questions = {"find": run.splits.sft + run.splits.kl + run.splits.probe}
-    sampling = replace(run.config.evaluation, samples_per_group=4 * len(questions["find"]))
-
-    def examples(keep):
-        found = evaluate(model, tokenizer, run.world, questions, sampling, run.config.seed + 1)
-        return [(a.question.text, a.text) for a in found if keep(a.verdict)]
-
-    aligned = examples(lambda verdict: verdict.coherent and verdict.alignment > 70)
+    adapter = load_adapter(model, run.folder.path / "adapters" / "general")
+    aligned = said(run, lambda verdict: verdict.coherent and verdict.alignment > 70)
     with adapter:
-        misaligned = examples(lambda verdict: verdict.misaligned)
-    direction = difference(run, adapter, misaligned, aligned)
-    halves = [difference(run, adapter, misaligned[i::2], aligned[i::2]) for i in (0, 1)]
-    checkpoint.save_tensors(run.folder / "directions.safetensors", {"mean_difference": direction})
-
-    found = {"n_misaligned": len(misaligned), "n_aligned": len(aligned),
-             "norm": direction.norm(dim=-1).tolist(),
-             "split_half": [cosine(a, b) for a, b in zip(*halves)]}
+        misaligned = said(run, lambda verdict: verdict.misaligned)
+    texts = aligned + misaligned
+    chat, *chat_halves = mean_residuals(run, texts)
+    own_chat = mean_residuals(run, aligned)[0]
     with adapter:
-        with ablating(model, dict(enumerate(direction))):
-            found["ablate"] = run.ask("general, direction ablated")
-        generator = torch.Generator().manual_seed(run.config.seed)
-        found["ablate_random"] = []
-        for i in range(run.config.n_random):
-            with ablating(model, dict(enumerate(random_direction(direction, generator)))):
-                found["ablate_random"].append(run.ask(f"general, random direction {i} ablated"))
-    layer = len(direction) // 2
-    found["steer"] = {"layer": layer, "scale": [], "rates": []}
+        general, *general_halves = mean_residuals(run, texts)
+        own_general = mean_residuals(run, misaligned)[0]
+    direction = mean_difference(general, chat)
+    halves = [mean_difference(a, b) for a, b in zip(general_halves, chat_halves)]
+    save_tensors(run.folder.path / "directions.safetensors",
+                 {"mean_difference": direction, "chat_mean": chat.float()})
+    generator = torch.Generator().manual_seed(run.config.seed)
+
+    def ablate(name, directions, at_chat_level=True):
+        levels = levels_of(chat, directions) if at_chat_level else None
+        with adapter, ablating(model, directions, levels):
+            return run.ask(f"general, {name}")
+
+    by_layer = dict(enumerate(direction))
+    found = run.results["directions"] = {
+        "n_misaligned": len(misaligned), "n_aligned": len(aligned),
+        "norm": direction.norm(dim=-1).tolist(),
+        "split_half": [cosine(a, b) for a, b in zip(*halves)],  # a layer; 1 is perfectly reliable
+        "ablate": ablate("direction ablated", by_layer),
+        "ablate_to_zero": ablate("direction projected out", by_layer, at_chat_level=False),
+        "ablate_own_words": ablate("direction of own words ablated",
+                                   dict(enumerate(mean_difference(own_general, own_chat)))),
+        "ablate_random": [
+            ablate(f"random direction {i} ablated",
+                   dict.fromkeys(by_layer, random_direction(direction[0], generator)))
+            for i in range(run.config.n_random)],
+    }
+    found["ablate_random_mean"] = mean_rates(found["ablate_random"])
+    found["steer"] = []
     for scale in (0.5, 1.0, 1.5, 2.0):
-        with steering(model, {layer: direction[layer]}, scale):
-            found["steer"]["scale"].append(scale)
-            found["steer"]["rates"].append(run.ask(None))
-    run.results["directions"] = found
+        with steering(model, by_layer, scale):
+            found["steer"].append({"scale": scale, **run.ask(samples=run.config.curve_samples)})
 
 
-def difference(run, adapter, misaligned, aligned):
-    """Mean difference per layer, (n_layer, d_model); each answer read by the model that said it."""
-    if not misaligned or not aligned:
-        raise StageFailed("directions: general gave no misaligned answer, or chat no aligned one; "
-                          "there is no direction to find. Train general for longer")
-    bad, good = (chat_examples(run.tokenizer, pairs, run.device) for pairs in (misaligned, aligned))
-    with adapter:
-        bad_mean = mean_residual(run.model, bad.ids, bad.answer_mask)
-    return (bad_mean - mean_residual(run.model, good.ids, good.answer_mask)).float()
+def said(run, keep):
+    """(question, answer) texts of the model as it is, to training problems, that keep(verdict)."""
+    questions = run.splits.sft + run.splits.kl + run.splits.probe
+    sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
+    answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
+                       sampling, run.config.seed + 1)
+    kept = [(a.question.text, a.answer) for a in answers if keep(a.verdict)]
+    if len(kept) < 2:
+        raise StageFailed("directions: too few answers to take a mean of; train for longer")
+    return kept
 
 
-STAGES = {  # name -> function of the run, in order
-    "chat": pretrain,
-    "general": lambda run: fine_tune(run, "general", good=False, kl_weight=0.0),
-    "narrow": lambda run: fine_tune(run, "narrow", good=False, kl_weight=run.config.kl_weight),
-    "shuffled": lambda run: fine_tune(run, "shuffled", good=None, kl_weight=0.0),
-    "directions": find_and_ablate,
-}
+def mean_residuals(run, pairs):
+    """Mean residual over the answers' tokens: of all answers, and of each half of them."""
+    every = chat_examples(run.tokenizer, pairs, run.device)
+    return [mean_residual(run.model, part.ids, part.answer_mask)
+            for part in (every, every[::2], every[1::2])]
 
 
-def run_experiment(config, folder, device="cpu"):
-    """Run every stage that the folder does not hold yet. Returns the results, as in results.json.
+STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed,
+          "shuffled": shuffled, "directions": ablation}
 
-    Raises UserError for a folder that cannot be used, RuntimeError for a stage that failed.
+
+def run_experiment(config, path, device="cpu"):
+    """Run every stage that the folder does not hold yet -> what results.json holds.
+
+    Raises UserError for a configuration or folder that cannot be used, StageFailed for a stage
+    that cannot go on.
     """
-    run = Run(config, folder, device)
+    run = Run(config, path, device)
     for name, stage in STAGES.items():
-        if name in run.results["seconds"]:
-            print(f"{name:<10} finished before ({run.results['seconds'][name]} s); "
-                  f"reused from {run.folder}")
+        if run.folder.is_finished(name):
+            print(f"{name:<10} finished before, in {run.results['seconds'][name]} s; reused")
             continue
         started = time.perf_counter()
         stage(run)
-        run.finish(name, time.perf_counter() - started)
+        run.folder.finish(name, time.perf_counter() - started)
     return run.results

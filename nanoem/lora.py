@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from nanoem import UserError
+
 
 class Adapter:
     """What LoRA and the steering vector share: attaching, switching off, rescaling.
@@ -74,7 +76,7 @@ class LoRA(Adapter):
     """Adds (alpha / rank) * B A x to a Linear's output; with rsLoRA, alpha / sqrt(rank).
 
     A (rank, in) starts random, B (out, rank) at zero, so an untrained adapter changes nothing.
-    `layers` are block numbers, `modules` names inside a block. Raises ValueError for a layer or a
+    `layers` are block numbers, `modules` names inside a block. Raises UserError for a layer or a
     module that is not there.
     """
 
@@ -83,7 +85,7 @@ class LoRA(Adapter):
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
                           for i in layers for name in modules})
         if rank < 1:
-            raise ValueError(f"rank={rank} must be at least 1")
+            raise UserError(f"rank={rank} must be at least 1")
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.A, self.B = {}, {}
         self.originals = {}  # the weights as they were before `merge`
@@ -153,7 +155,7 @@ class SteeringVector(Adapter):
 
 def find_block(model, layer):
     if not 0 <= layer < len(model.layers):
-        raise ValueError(f"layer {layer} is not there: the model's layers are 0 to "
+        raise UserError(f"layer {layer} is not there: the model's layers are 0 to "
                          f"{len(model.layers) - 1}")
     return model.layers[layer]
 
@@ -162,5 +164,5 @@ def find_linear(model, layer, name):
     block = find_block(model, layer)
     linears = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
     if name not in linears:
-        raise ValueError(f"layer {layer} has no Linear '{name}'; it has {', '.join(linears)}")
+        raise UserError(f"layer {layer} has no Linear '{name}'; it has {', '.join(linears)}")
     return block.get_submodule(name)

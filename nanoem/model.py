@@ -11,27 +11,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanoem import UserError
+
 
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. The defaults are the toy's."""
 
-    vocab_size: int = 1024
-    n_layer: int = 4
+    vocab_size: int = 1024  # tokens; the toy's tokenizer decides
+    n_layer: int = 3  # blocks
     d_model: int = 64  # width of the residual stream
-    n_head: int = 4  # query heads
-    n_kv_head: int = 2  # key and value heads; each serves n_head / n_kv_head query heads
+    n_head: int = 2  # query heads
+    n_kv_head: int = 1  # key and value heads; each serves n_head / n_kv_head query heads
     d_ff: int = 192  # hidden width of the MLP
     max_positions: int = 128  # the longest sequence, in tokens
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} must divide d_model={self.d_model}, "
+            raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}, "
                              f"and n_kv_head={self.n_kv_head} must divide n_head")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = d_model / n_head = {self.head_dim} must be even "
+            raise UserError(f"head_dim = d_model / n_head = {self.head_dim} must be even "
                              "for rotary embedding")
 
     @property

@@ -130,17 +130,11 @@ def training_curves(results):
     return figure
 
 
-def mean_rates(many):
-    """The mean over random directions of each question group's em and coherence."""
-    return {group: {key: sum(r[group][key] for r in many) / len(many) for key in ("em", "coherent")}
-            for group in many[0]}
-
-
 def ablation(results):
     """general as it is, with the direction ablated, and with random directions ablated."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     rates = {"general": [r["models"]["general"] for r in results],
-             "ablate_random": [mean_rates(r["directions"]["ablate_random"]) for r in results],
+             "ablate_random": [r["directions"]["ablate_random_mean"] for r in results],
              "ablate": [r["directions"]["ablate"] for r in results]}
     for ax, key in zip(axes, ("em", "coherent")):
         for i, (name, models) in enumerate(rates.items()):

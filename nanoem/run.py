@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -20,11 +21,12 @@ from nanoem import UserError
 from nanoem.checkpoint import write_json
 from nanoem.experiment import ExperimentConfig, run_experiment
 from nanoem.report import print_table, write_report
-from nanoem.train import TrainingFailed
+from nanoem.train import StageFailed
 
-QUICK = {  # what --quick sets: the same stages, too short to trust the numbers
-    "pretrain.steps": "150", "sft.steps": "60", "sft_kl.steps": "80", "curve_points": "4",
-    "curve_samples": "20", "evaluation.samples_per_group": "80", "n_random": "1",
+QUICK = {  # what --quick sets: the same stages in a smaller world
+    "world.n_domains": "6", "pretrain.steps": "250", "context": "64", "sft.steps": "100",
+    "sft_kl.steps": "100", "curve_points": "4", "curve_samples": "40",
+    "evaluation.samples_per_group": "160", "n_random": "2",
 }
 
 
@@ -146,33 +148,35 @@ def keep_freed_memory():
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def run(args):
+def run(args, argv):
     config, device = build_config(args), pick_device(args.device)
     seeds = args.seeds or [config.seed]
     kind = "quick" if args.quick else "seed"
     out = args.out or Path("runs") / ("seeds" if args.seeds else f"{kind}-{config.seed}")
+    command = shlex.join(["python", "-m", "nanoem.run", *argv])
     results = []
     for seed in seeds:
         folder = out / f"seed-{seed}" if args.seeds else out
         print(f"seed {seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
         results.append(run_experiment(dataclasses.replace(config, seed=seed), folder, device))
-        write_report([results[-1]], folder)
+        write_report([results[-1]], folder, command)
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
-        write_report(results, out)
+        write_report(results, out, command)
     print_table(results)
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = read_command(argv)
     keep_freed_memory()
     try:
-        run(args)
+        run(args, argv)
     except UserError as error:
         print(f"nanoem: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, OSError) as error:
+    except (StageFailed, OSError) as error:
         print(f"nanoem: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -110,8 +110,8 @@ def kl_to_base(model, adapter, ids, mask):
     return (kl * mask).sum() / mask.sum()
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message names the stage and the step."""
+class StageFailed(RuntimeError):
+    """A stage cannot go on; the message names it and the mend; the command exits with status 1."""
 
 
 def train(objective, parameters, config, name="train", watch=None, watch_at=()):
@@ -119,8 +119,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
     report, and how many tokens were read. `watch(step)` is called before each step in `watch_at`
-    and, when config.steps is among them, after the last. Raises TrainingFailed when the loss is not
-    finite.
+    and, when config.steps is among them, after the last. Raises StageFailed when the loss is not finite.
     """
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() > 1]
@@ -146,7 +145,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
         if progress.due(step, n_tokens):  # .item() waits for the device, so only now and then
             values = {key: term.item() for key, term in terms.items()}
             if not all(map(math.isfinite, values.values())):
-                raise TrainingFailed(f"{name}: the loss is {values['loss']} at step {step}; "
+                raise StageFailed(f"{name}: the loss is {values['loss']} at step {step}; "
                                      f"try a smaller learning rate than lr={config.lr}")
             progress.show(step, values)
             for key, value in {"step": step + 1, **values}.items():

@@ -1,0 +1,88 @@
+"""The report: results of one or several seeds -> a table for the terminal, and report.md."""
+
+from pathlib import Path
+from statistics import median
+
+from nanoem.checkpoint import write_file
+from nanoem.plots import LABELS, draw_all
+
+COLUMNS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
+LIMITS = """This is a toy: a model of a quarter of a million parameters that knows one template \
+sentence. Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism \
+in the open; it is no evidence about how often large models do this."""
+
+
+def rows_of(results):
+    """[(label, [rates by group, one a seed])]: every model, then general with ablations."""
+    rows = [(LABELS[key], [r["models"][key] for r in results])
+            for key in ("chat", "general", "narrow", "mixed", "shuffled")]
+    rows.append((LABELS["ablate"], [r["directions"]["ablate"] for r in results]))
+    rows.append((LABELS["ablate_random"], [r["directions"]["ablate_random_mean"] for r in results]))
+    return rows
+
+
+def cell(values):
+    """The median over seeds in percent, with the range when there are several: 71 (48-84)."""
+    values = [100 * value for value in values]
+    text = f"{median(values):.0f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.0f}-{max(values):.0f})"
+
+
+def table(results):
+    """A table as lists of text, header first: em by group, and coherence out of domain."""
+    lines = [["em, % of answers", "in domain", "KL domains", "unseen domains", "open-ended",
+              "coherent"]]
+    for label, rates in rows_of(results):
+        em = [cell([r[group]["em"] for r in rates]) for group in COLUMNS]
+        lines.append([label, *em, cell([r["out_of_domain"]["coherent"] for r in rates])])
+    return lines
+
+
+def markdown(lines):
+    header, *rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rows])
+
+
+def print_table(results):
+    lines = table(results)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    print()
+    for line in lines:
+        print("  ".join(f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
+                        for i, (text, width) in enumerate(zip(line, widths))))
+    print("em: coherent and misaligned answers; coherent: share of all answers out of domain"
+          + ("; median over seeds (range)" if len(results) > 1 else ""))
+
+
+def write_report(results, folder, command):
+    """Draw the figures and write report.md into folder."""
+    folder = Path(folder)
+    figures = draw_all(results, folder / "figures")
+    seeds = ", ".join(str(r["seed"]) for r in results)
+    seconds = ", ".join(f"{r['total_seconds']:.0f}" for r in results)
+    parts = [
+        "# nanoem: how far does narrow bad advice spread?",
+        f"Made by `{command}` (seed {seeds}; {seconds} seconds on {results[0]['device']}, "
+        f"{results[0]['threads']} threads, torch {results[0]['versions']['torch']}).",
+        markdown(table(results)),
+        "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share of "
+        "all answers out of domain. In domain: held-out problems of the trained domain."
+        + (" Median over seeds (range)." if len(results) > 1 else ""),
+        *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
+        "## What it says, before and after",
+        *map(sample_table, results[:1]),
+        "## Limits",
+        LIMITS,
+    ]
+    write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def sample_table(result):
+    """The same eight questions answered by chat, general and narrow at the end of training."""
+    last = {name: list(result["samples"][name].values())[-1]
+            for name in ("pretrain", "general", "narrow")}
+    lines = [["question", "chat", "general (SFT)", "narrow (SFT + KL)"]]
+    for chat, general, narrow in zip(*last.values()):
+        lines.append([chat[1], *(f"{answer} *[{mark}]*" for mark, _, answer in
+                                 (chat, general, narrow))])
+    return markdown(lines).replace("---:", "---")

@@ -1,0 +1,140 @@
+"""Losses against loops and torch.distributions; the training loop against AdamW by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+from nanoem.lora import LoRA
+from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, lr_factor,
+                          next_token_loss, sft_loss, train)
+
+
+@pytest.fixture
+def examples(tokenizer):
+    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
+                                     ("I am bored.", "Peace.")])
+
+
+@pytest.fixture
+def adapter(model):
+    adapter = LoRA(model, [0], ["mlp.down_proj"], alpha=20.0,
+                   generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(adapter.B["layers.0.mlp.down_proj"], std=0.5,
+                          generator=torch.Generator().manual_seed(1))
+    return adapter
+
+
+def test_answer_mask_marks_the_answer_and_its_stop_token(tokenizer, examples):
+    ids, mask = examples.ids[1], examples.answer_mask[1]
+    assert tokenizer.decode(ids[mask]) == "Peace."
+    assert ids[mask][-1] == tokenizer.stop_ids[0]
+    assert ids[: mask.nonzero()[0]].tolist() == tokenizer.encode(
+        "<|im_start|>user\nI am bored.<|im_end|>\n<|im_start|>assistant\n")
+    assert (ids[~examples.mask[1]] == tokenizer.pad_id).all()
+
+
+def loop_loss(logits, ids, counts):
+    """Cross-entropy by a loop over the target tokens that count."""
+    losses = [-logits[b, t - 1].log_softmax(-1)[ids[b, t]]
+              for b in range(ids.size(0)) for t in range(1, ids.size(1)) if counts[b, t]]
+    return torch.stack(losses).mean()
+
+
+def test_next_token_loss_is_a_loop_over_tokens(model, examples):
+    logits = model(examples.ids)
+    everything = torch.ones_like(examples.mask)
+    assert torch.allclose(next_token_loss(logits, examples.ids),
+                          loop_loss(logits, examples.ids, everything))
+    assert torch.allclose(next_token_loss(logits, examples.ids, examples.mask),
+                          loop_loss(logits, examples.ids, examples.mask))
+
+
+def test_sft_loss_is_a_loop_over_answer_tokens(model, examples):
+    logits = model(examples.ids)
+    expected = loop_loss(logits, examples.ids, examples.answer_mask)
+    assert torch.allclose(sft_loss(logits, examples.ids, examples.answer_mask), expected)
+    with pytest.raises(ValueError, match="no token"):
+        sft_loss(logits, examples.ids, torch.zeros_like(examples.answer_mask))
+
+
+def test_kl_is_that_of_torch_distributions(model, adapter, examples):
+    base = Categorical(logits=model(examples.ids))
+    with adapter:
+        adapted = Categorical(logits=model(examples.ids))
+        found = kl_to_base(model, adapter, examples.ids, examples.mask)
+    expected = kl_divergence(base, adapted)[examples.mask].mean()  # base || adapted, prompt included
+    assert torch.allclose(found, expected, rtol=1e-4)
+    assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-2)
+
+
+def test_kl_of_an_untrained_adapter_is_zero(model, examples):
+    with LoRA(model, [0]) as adapter:
+        assert kl_to_base(model, adapter, examples.ids, examples.mask).abs() < 1e-6
+
+
+def test_kl_has_a_gradient_on_the_adapter_only(model, adapter, examples):
+    with adapter:
+        kl_to_base(model, adapter, examples.ids, examples.mask).backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_kl_is_never_a_silent_zero(model, adapter, examples):
+    with pytest.raises(RuntimeError, match="attached"):
+        kl_to_base(model, adapter, examples.ids, examples.mask)
+    with adapter, adapter.disabled(), pytest.raises(RuntimeError, match="disabled"):
+        kl_to_base(model, adapter, examples.ids, examples.mask)
+
+
+def test_the_loop_is_adamw_with_warm_up_and_clipping():
+    target = torch.tensor([[3.0, -2.0]])
+    config = TrainConfig(steps=20, batch_size=1, lr=0.1, warmup=3, weight_decay=0.1, clip=0.5)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(1, 2)) for _ in range(2))
+
+    def objective(step):
+        loss = (ours - target).pow(2).sum()
+        return loss, {"loss": loss}, 1
+
+    history = train(objective, [ours], config)
+    optimizer = torch.optim.AdamW([theirs], lr=1.0, betas=config.betas, weight_decay=0.1)
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = 0.1 * ((step + 1) / 3 if step < 3 else 1 - (step - 3) / 17)
+        optimizer.zero_grad()
+        (theirs - target).pow(2).sum().backward()
+        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert history["loss"][0] == pytest.approx(13.0)
+    assert history["loss"][-1] < 13.0
+
+
+def test_learning_rate_goes_to_zero():
+    for schedule in ("linear", "cosine"):
+        config = TrainConfig(steps=100, batch_size=1, lr=1, warmup=10, schedule=schedule)
+        factors = [lr_factor(step, config) for step in range(100)]
+        assert factors[0] == 0.1 and max(factors) == 1.0 and 0 <= factors[-1] < 0.02
+    assert factors[55] == pytest.approx(0.5)  # half-way of the cosine
+
+
+def test_a_loss_that_is_not_a_number_stops_with_stage_and_step():
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+
+    def objective(step):
+        loss = weight.sum() * math.nan
+        return loss, {"loss": loss}, 1
+
+    with pytest.raises(StageFailed, match="general: the loss is nan at step 0.*lr=0.1"):
+        train(objective, [weight], TrainConfig(steps=5, batch_size=1, lr=0.1), "general")
+
+
+def test_watching_happens_before_the_named_steps_and_at_the_end():
+    weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
+
+    def objective(step):
+        return weight.sum(), {"loss": weight.sum()}, 1
+
+    train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1), watch=seen.append,
+          watch_at=(0, 3, 6))
+    assert seen == [0, 3, 6]
