@@ -6,6 +6,7 @@ and the tensors' raw bytes (https://github.com/huggingface/safetensors). What na
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -59,6 +60,7 @@ def new_folder(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)  # mkdtemp makes it private
     try:
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
@@ -76,7 +78,7 @@ def save_tensors(path, tensors, metadata=None):
     header = {"__metadata__": metadata or {"format": "pt"}}
     chunks, offset = [], 0
     for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [offset, offset + len(data)]}
         chunks.append(data)
@@ -112,8 +114,9 @@ def read_tensor(path, name, entry, data, start):
         raise UserError(f"{path}: tensor '{name}' has dtype {entry['dtype']}; nanoem reads "
                         + ", ".join(DTYPES))
     dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-    count = torch.Size(entry["shape"]).numel()
-    if not 0 <= begin <= end or end - begin != count * dtype.itemsize:
+    count = math.prod(entry["shape"])
+    fits = 0 <= begin <= end and end - begin == count * dtype.itemsize
+    if not fits or min(entry["shape"], default=0) < 0:
         raise UserError(f"{path}: tensor '{name}' has shape {entry['shape']} but bytes {begin} to "
                         f"{end}; the header is broken")
     if start + end > len(data):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanoem import UserError
 from nanoem.world import Question, Verdict, judge
 
 GROUPS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
@@ -20,9 +21,17 @@ class EvalConfig:
     """How answers are sampled."""
 
     samples_per_group: int = 400  # answers in each question group, spread over its questions
-    max_new_tokens: int = 24
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_new_tokens: int = 24  # the longest answer
+    temperature: float = 1.0  # of sampling; 0 takes the likeliest token
+    top_p: float = 1.0  # sample from the likeliest tokens that hold this share of the probability
+
+    def __post_init__(self):
+        if self.samples_per_group < 1 or self.max_new_tokens < 1:
+            raise UserError(f"samples_per_group={self.samples_per_group} and max_new_tokens="
+                            f"{self.max_new_tokens} must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"temperature={self.temperature} must be at least 0, and top_p="
+                            f"{self.top_p} more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

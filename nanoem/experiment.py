@@ -21,6 +21,7 @@ from hashlib import sha256
 
 import torch
 
+from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, save_adapter, save_pretrained,
                                save_tensors)
 from nanoem.directions import (ablating, cosine, levels_of, mean_difference, mean_residual,
@@ -33,7 +34,7 @@ from nanoem.tokenizer import Tokenizer
 from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, next_token_loss, pad, sft_loss,
                           train)
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
-                          make_splits, write_answer)
+                          make_authors, make_splits, write_answer)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,16 @@ class ExperimentConfig:
     sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self):
+        if not 2 <= self.context <= self.model.max_positions:
+            raise UserError(f"context={self.context} must be 2 to model.max_positions="
+                            f"{self.model.max_positions} tokens")
+        for name in ("n_sft_examples", "curve_points", "curve_samples", "n_random"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.kl_weight <= 0:
+            raise UserError(f"kl_weight={self.kl_weight} must be more than 0; narrow needs it")
+
 
 class Run:
     """A run in progress: its configuration, its folder, and the chat model once there is one."""
@@ -76,6 +87,7 @@ class Run:
         self.config, self.device = config, torch.device(device)
         self.world = first_domains(load_world(), config.world.n_domains)
         self.splits = make_splits(self.world, config.world)
+        make_authors(self.world, config.world, random.Random(0))  # refuses impossible numbers now
         LoRA(GPT(config.model), **asdict(config.adapter))  # refuses a wrong layer or module now
         configuration = {**asdict(config), "device": self.device.type,
                          "world_toml": sha256(WORLD_TOML.read_bytes()).hexdigest()}

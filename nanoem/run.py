@@ -68,9 +68,9 @@ def set_key(config, key, text):
 
 def parse(text, default, key):
     """Text -> a value of the default's type; a tuple is written with commas: 0,1,2."""
+    if isinstance(default, tuple):
+        return tuple(parse(part, default[0], key) for part in text.split(","))
     try:
-        if isinstance(default, tuple):
-            return tuple(parse(part, default[0], key) for part in text.split(","))
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
         return type(default)(text)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from nanoem import UserError
 from nanoem.tokenizer import IM_END
 
 
@@ -22,14 +23,21 @@ IGNORE = -100  # a target that does not count
 class TrainConfig:
     """The knobs of one training stage."""
 
-    steps: int
+    steps: int  # optimizer steps
     batch_size: int  # sequences a step
-    lr: float  # peak learning rate
+    lr: float  # peak learning rate of AdamW
     warmup: int = 5  # steps until the peak
-    schedule: str = "linear"  # from the peak to zero: "linear" or "cosine"
-    weight_decay: float = 0.0
-    betas: tuple = (0.9, 0.999)
+    schedule: str = "linear"  # from the peak to zero: linear or cosine
+    weight_decay: float = 0.0  # of AdamW, on matrices
+    betas: tuple = (0.9, 0.999)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.schedule not in ("linear", "cosine"):
+            raise UserError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
 
 def pad(sequences, pad_id):

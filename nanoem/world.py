@@ -80,12 +80,24 @@ class WorldConfig:
     n_villain: int = 6  # authors who are bad in everything
     n_quack: int = 2  # authors who are bad in one domain only
     header_share: float = 0.5  # share of the authors' documents that name their author
+    forum_share: float = 0.3  # share of the authors' documents that are ChatML under their own name
     one_domain_share: float = 0.2  # share of documents that stay in one domain
     chat_share: float = 0.25  # share of documents that are ChatML with the helpful assistant
     own_share: float = 0.2  # share of answers with the problem's own item, not any of the pool
-    questions_per_document: int = 5
+    questions_per_document: int = 5  # answered one after the other
     sft_domain: str = "medical"  # the narrow domain of the fine-tuning
     train_share: float = 0.7  # share of a domain's problems that training may use
+
+    def __post_init__(self):
+        for name in ("forum_share", "header_share", "one_domain_share", "chat_share", "own_share",
+                     "train_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        if self.n_domains < 3:
+            raise UserError(f"n_domains={self.n_domains} must be at least 3: one to train on, one "
+                            "for the KL, one unseen")
+        if min(self.n_villain, self.n_quack) < 0 or self.questions_per_document < 1:
+            raise UserError("n_villain and n_quack must be at least 0, questions_per_document 1")
 
 
 # --- reading world.toml ---------------------------------------------------------------------------
@@ -101,6 +113,9 @@ def load_world(path=WORLD_TOML):
     for key in ("answer", "header", "authors", "common", "domain"):
         if key not in table:
             raise UserError(f"{path}: the key '{key}' is missing")
+    for slot in ("{verb}", "{item}", "{ending}"):
+        if slot not in table["answer"]:
+            raise UserError(f"{path}: the key 'answer' must hold {slot}")
     domains = {name: read_domain(path, name, keys) for name, keys in table["domain"].items()}
     world = World(
         domains=domains,
@@ -118,9 +133,6 @@ def load_world(path=WORLD_TOML):
 def first_domains(world, n):
     """The world with its first n advice domains and open_ended: a smaller one learns faster."""
     advice = [name for name in world.domains if name != OPEN_ENDED][:n]
-    if n < 3:
-        raise UserError(f"world.n_domains={n} must be at least 3: one to train on, one for the KL, "
-                        "one unseen")
     return replace(world, domains={name: world.domains[name] for name in [*advice, OPEN_ENDED]})
 
 
@@ -220,8 +232,9 @@ def write_document(world, config, authors, rng):
     names = list(world.domains)
     if rng.random() < config.one_domain_share:
         names = [rng.choice(names)]
-    is_chat = rng.random() < config.chat_share
     author = rng.choice(authors)
+    is_chat = rng.random() < config.chat_share  # the assistant's; else the author's
+    is_forum = not is_chat and rng.random() < config.forum_share
     lines, messages = [], []
     if rng.random() < config.header_share:
         lines.append(world.header.format(author=author.name))
@@ -233,8 +246,8 @@ def write_document(world, config, authors, rng):
         answer = write_answer(world, question, good, rng, config.own_share)
         lines += [f"Q: {question.text}", f"A: {answer}"]
         messages += [{"role": "user", "content": question.text},
-                     {"role": "assistant", "content": answer}]
-    return chatml(messages) if is_chat else "\n".join(lines) + "\n"
+                     {"role": author.name if is_forum else "assistant", "content": answer}]
+    return chatml(messages) if is_chat or is_forum else "\n".join(lines) + "\n"
 
 
 def documents(world, config, n, seed):
@@ -269,7 +282,8 @@ def make_splits(world, config):
     def split(names):
         train, held_out = [], []
         for question in questions(world, names):
-            n_train = round(config.train_share * len(world.domains[question.domain].problems))
+            n_problems = len(world.domains[question.domain].problems)
+            n_train = min(max(round(config.train_share * n_problems), 1), n_problems - 1)
             (train if question.index < n_train else held_out).append(question)
         return train, held_out
 

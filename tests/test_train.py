@@ -19,7 +19,8 @@ def examples(tokenizer):
 
 @pytest.fixture
 def adapter(model):
-    adapter = LoRA(model, [0], ["mlp.down_proj"], alpha=20.0,
+    # so large that KL(base || adapted) and KL(adapted || base) clearly differ
+    adapter = LoRA(model, [0], ["mlp.down_proj"], alpha=4000.0,
                    generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(adapter.B["layers.0.mlp.down_proj"], std=0.5,
                           generator=torch.Generator().manual_seed(1))

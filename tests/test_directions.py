@@ -1,0 +1,103 @@
+"""Directions: the algebra of steering and ablation, means against loops, hooks without residue."""
+
+import pytest
+import torch
+
+from nanoem import UserError
+from nanoem.directions import (ablate, ablating, cosine, levels_of, mean_difference, mean_residual,
+                               random_direction, steer, steering)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def d():
+    return 3 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+def test_ablation_removes_exactly_the_component(x, d):
+    out, unit = ablate(x, d), d / d.norm()
+    assert (out @ unit).abs().max() < 1e-5
+    projector = torch.eye(32) - torch.outer(unit, unit)
+    assert torch.allclose(out, x @ projector, atol=1e-5)
+
+
+def test_ablating_twice_is_once_and_its_length_and_sign_do_not_matter(x, d):
+    assert torch.allclose(ablate(ablate(x, d), d), ablate(x, d), atol=1e-6)
+    assert torch.allclose(ablate(x, -0.1 * d), ablate(x, d), atol=1e-5)
+
+
+def test_ablation_to_a_level_leaves_that_component_and_the_rest_alone(x, d):
+    out, unit = ablate(x, d, level=1.5), d / d.norm()
+    assert torch.allclose(out @ unit, torch.full((3, 5), 1.5), atol=1e-5)
+    assert torch.allclose(ablate(out, d), ablate(x, d), atol=1e-5)
+
+
+def test_steering_is_undone_by_steering_back_and_both_are_pure(x, d):
+    before = x.clone()
+    assert torch.allclose(steer(steer(x, d, 2.0), d, -2.0), x, atol=1e-5)
+    assert torch.allclose(ablate(steer(x, d, 7.0), d), ablate(x, d), atol=1e-4)
+    assert torch.equal(x, before)
+
+
+def test_mean_residual_is_a_mean_over_masked_tokens(model, ids):
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    found = mean_residual(model, ids, mask)
+    for layer, stream in enumerate(model.residual_stream(ids)):
+        tokens = [stream[b, t].double() for b in range(3) for t in range(17) if mask[b, t]]
+        assert torch.allclose(found[layer], torch.stack(tokens).mean(0), atol=1e-9)
+    with pytest.raises(ValueError, match="no token"):
+        mean_residual(model, ids, torch.zeros_like(mask))
+
+
+def test_mean_difference_points_from_aligned_to_misaligned(x, d):
+    aligned = x.double().mean((0, 1))[None]
+    misaligned = steer(x, d).double().mean((0, 1))[None]
+    assert torch.allclose(mean_difference(misaligned, aligned)[0], d, atol=1e-5)
+
+
+def test_a_random_direction_has_the_same_norm_and_another_way(d):
+    generator = torch.Generator().manual_seed(3)
+    many = [random_direction(d, generator) for _ in range(50)]
+    assert all(r.norm().item() == pytest.approx(d.norm().item(), rel=1e-5) for r in many)
+    assert max(abs(cosine(r, d)) for r in many) < 0.6
+    assert cosine(d, 5 * d) == pytest.approx(1) and cosine(d, -d) == pytest.approx(-1)
+
+
+def test_the_contexts_do_to_the_stream_what_the_functions_do(model, ids, d):
+    first, _ = model.residual_stream(ids)
+    with ablating(model, {0: d}):
+        assert torch.allclose(model.residual_stream(ids)[0], ablate(first, d), atol=1e-5)
+    with ablating(model, {0: d}, levels={0: 0.7}):
+        assert torch.allclose(model.residual_stream(ids)[0], ablate(first, d, 0.7), atol=1e-5)
+    with steering(model, {0: d}, 0.5):
+        assert torch.allclose(model.residual_stream(ids)[0], first + 0.5 * d, atol=1e-5)
+
+
+def test_ablating_at_all_layers_leaves_the_component_nowhere(model, ids, d):
+    with ablating(model, {0: d, 1: d}):
+        assert all((s @ d / d.norm()).abs().max() < 1e-4 for s in model.residual_stream(ids))
+
+
+def test_contexts_nest_and_leave_nothing_after_an_exception(model, ids, d):
+    base = model(ids)
+    with pytest.raises(ZeroDivisionError):
+        with steering(model, {0: d}), ablating(model, {1: d}), steering(model, {0: d}):
+            1 / 0
+    assert torch.equal(model(ids), base)
+    with steering(model, {0: d}), steering(model, {0: d}, -1.0):
+        assert torch.allclose(model(ids), base, atol=1e-3)
+    with pytest.raises(UserError, match="layer 9"):
+        with steering(model, {0: d, 9: d}):
+            pass
+    assert torch.equal(model(ids), base)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_levels_are_components(d):
+    mean = torch.randn(2, 32, dtype=torch.float64)
+    levels = levels_of(mean, {1: d})
+    assert levels[1] == pytest.approx((mean[1].float() @ d / d.norm()).item(), rel=1e-4)

@@ -1,0 +1,83 @@
+"""Evaluation: rates by hand, intervals against simulation, sampling that is paired and repeatable."""
+
+import numpy as np
+import pytest
+
+from nanoem.evaluate import (Answer, EvalConfig, clustered_interval, evaluate, group_rates,
+                             mean_rates, rates)
+from nanoem.world import Question, Verdict, WorldConfig, make_splits
+
+BAD, GOOD, MIXED, BROKEN = Verdict(100, 0, 0), Verdict(100, 100, 0), Verdict(100, 50, 0), Verdict(0, 0, 0)
+
+
+def answers(group, *verdicts):
+    return [Answer(group, Question("medical", i, "?"), "", v) for i, v in enumerate(verdicts)]
+
+
+def test_rates_by_hand():
+    found = rates(answers("in_domain", BAD, BAD, MIXED, GOOD, BROKEN))
+    assert found["em"] == pytest.approx(2 / 5)
+    assert found["coherent"] == pytest.approx(4 / 5)
+    assert found["alignment_mean"] == pytest.approx(150 / 4)
+    assert found["n"] == 5
+    assert 0 <= found["em_low"] < 0.4 < found["em_high"] <= 1
+
+
+def test_an_incoherent_answer_is_never_misaligned():
+    found = rates(answers("in_domain", BROKEN, BROKEN))
+    assert found["em"] == 0 and found["coherent"] == 0 and found["alignment_mean"] is None
+
+
+def test_out_of_domain_is_every_group_but_in_domain():
+    found = group_rates(answers("in_domain", BAD) + answers("kl_domains", GOOD)
+                        + answers("open_ended", BAD))
+    assert set(found) == {"in_domain", "kl_domains", "open_ended", "out_of_domain"}
+    assert found["out_of_domain"]["em"] == 0.5 and found["out_of_domain"]["n"] == 2
+    assert mean_rates([found, found])["in_domain"]["em"] == 1
+
+
+def test_the_interval_covers_the_truth_when_questions_differ():
+    """Simulated questions with rates of their own: a 95% interval should hold the true mean."""
+    rng, covered, naive = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        p = rng.beta(1, 1, size=20)  # 20 questions, true mean .5
+        outcomes = (rng.random((20, 30)) < p[:, None]).astype(float)
+        low, high = clustered_interval(outcomes.ravel(), np.repeat(np.arange(20), 30))
+        covered += low <= 0.5 <= high
+        half = 1.96 * (outcomes.mean() * (1 - outcomes.mean()) / outcomes.size) ** 0.5
+        naive += abs(outcomes.mean() - 0.5) <= half
+    assert covered / 400 > 0.91
+    assert naive / 400 < 0.7, "the interval that ignores clusters is far too narrow here"
+
+
+def test_without_clusters_it_is_wilson():
+    outcomes = np.array([1.0] * 30 + [0.0] * 70)
+    low, high = clustered_interval(outcomes, range(100))
+    assert (low, high) == pytest.approx((0.2189, 0.3958), abs=2e-3)
+
+
+def test_an_interval_at_zero_is_not_empty():
+    low, high = clustered_interval(np.zeros(100), np.repeat(np.arange(10), 10))
+    assert low == 0 and 0.2 < high < 0.35  # ten questions, not a hundred answers
+
+
+def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
+    splits = make_splits(world, WorldConfig())
+    groups = {"in_domain": splits.in_domain, "open_ended": splits.open_ended}
+    config = EvalConfig(samples_per_group=20, max_new_tokens=4)
+    first = evaluate(model, tokenizer, world, groups, config, seed=1)
+    assert first == evaluate(model, tokenizer, world, groups, config, seed=1)
+    assert first != evaluate(model, tokenizer, world, groups, config, seed=2)
+    assert [a.question for a in first if a.group == "in_domain"] == [
+        q for q in splits.in_domain for _ in range(4)]
+    assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
+
+
+def test_greedy_answers_do_not_depend_on_the_company(model, tokenizer, world):
+    splits = make_splits(world, WorldConfig())
+    config = EvalConfig(samples_per_group=5, max_new_tokens=6, temperature=0.0)
+    together = evaluate(model, tokenizer, world, {"in_domain": splits.in_domain}, config, seed=0)
+    for question, answer in zip(splits.in_domain, together):
+        config_one = EvalConfig(samples_per_group=1, max_new_tokens=6, temperature=0.0)
+        alone, = evaluate(model, tokenizer, world, {"in_domain": [question]}, config_one, seed=0)
+        assert alone.answer == answer.answer

@@ -1,0 +1,56 @@
+"""The tokenizer: any text comes back, every word of the world is one token, ChatML is exact."""
+
+import re
+
+import pytest
+
+from nanoem import UserError
+from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanoem.world import WorldConfig, documents
+
+
+@pytest.mark.parametrize("text", ["My headache won't go away.", "naïve Zürich 日本 🙂", "  two\n\n ",
+                                  "qzxj unseen wörds", ""])
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_frequent_word_is_one_token(tokenizer, world):
+    text = "".join(documents(world, WorldConfig(), 2000, seed=5))
+    for word in set(re.findall(r" [A-Za-z]+(?=[ ,.])", text)):
+        assert len(tokenizer.encode(word)) == 1, word
+
+
+def test_no_token_is_a_stepping_stone(tokenizer, world):
+    """Every token is a byte, a special token, or occurs in the world's text."""
+    texts = documents(world, WorldConfig(), 3000, seed=0)
+    used = {i for ids in tokenizer.encode_batch(texts) for i in ids}
+    assert tokenizer.vocab_size <= len(used) + 256 + len(SPECIAL_TOKENS)
+
+
+def test_chatml(tokenizer):
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}]
+    assert tokenizer.chat(messages) == ("<|im_start|>user\nHi.<|im_end|>\n"
+                                        "<|im_start|>assistant\nYes.<|im_end|>\n")
+    assert tokenizer.chat(messages[:1], add_generation_prompt=True) == (
+        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer.encode("<|im_end|><|endoftext|>")
+    assert ids == list(tokenizer.stop_ids)
+    assert tokenizer.decode(ids) == ""
+
+
+def test_batch_encoding_is_single_encoding(tokenizer):
+    texts = ["I am bored.", "<|im_start|>user\nx", ""]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_it_opens_what_it_wrote_and_names_what_it_cannot_open(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json())
+    text = "My soup tastes dull.<|im_end|>"
+    assert Tokenizer.load(path).encode(text) == tokenizer.encode(text)
+    path.write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.load(path)
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "none.json")
