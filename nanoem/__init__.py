@@ -10,6 +10,8 @@ evaluate.py    sample answers, judge them, rates with intervals
 directions.py  mean difference, steer, ablate, random control
 checkpoint.py  safetensors, Hugging Face model folders, PEFT adapter folders
 plots.py       results -> PNG
+folder.py      the run folder: what was asked, what was found, which stages are finished
+report.py      results -> the table and report.md
 experiment.py  the paper as stages, each reading and writing the run folder
 run.py         the command line: python -m nanoem.run
 """

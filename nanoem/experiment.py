@@ -31,8 +31,8 @@ from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, next_token_loss, pad, sft_loss,
-                          train)
+from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, next_token_loss,
+                          pad, sft_loss, train)
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
                           make_authors, make_splits, write_answer)
 
@@ -55,7 +55,7 @@ class ExperimentConfig:
     seed: int = 0  # of the corpus, the weights, the order and the sampling
     context: int = 96  # tokens of a pre-training document
     n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
-    kl_weight: float = 10.0  # of the KL to the base model, per token
+    kl_weight: float = 20.0  # of the KL to the base model, per token
     curve_points: int = 8  # points of the training curves of em
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
@@ -66,7 +66,7 @@ class ExperimentConfig:
         steps=1000, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
     sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=2e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=400, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
@@ -129,12 +129,14 @@ def pretrain(run):
     run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
     ids = pad([tokens[: config.context] for tokens in run.tokenizer.encode_batch(texts)],
               run.tokenizer.pad_id).to(run.device)
+    mask = None if (ids != run.tokenizer.pad_id).all() else ids != run.tokenizer.pad_id
     run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
     run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
 
     def objective(step):
-        batch = ids[step * schedule.batch_size :][: schedule.batch_size]
-        loss = next_token_loss(run.model(batch), batch, batch != run.tokenizer.pad_id)
+        rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
+        batch = ids[rows]
+        loss = next_token_loss(run.model(batch), batch, None if mask is None else mask[rows])
         return loss, {"loss": loss}, batch.numel()
 
     run.results["curves"]["pretrain"] = train(

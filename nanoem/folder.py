@@ -63,7 +63,8 @@ def flat(tree, prefix=""):
     """{"sft": {"lr": 1}} -> {"sft.lr": 1}"""
     leaves = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        branch = isinstance(value, dict)
+        leaves |= flat(value, f"{prefix}{key}.") if branch else {f"{prefix}{key}": value}
     return leaves
 
 

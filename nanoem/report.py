@@ -65,8 +65,8 @@ def write_report(results, folder, command):
         f"Made by `{command}` (seed {seeds}; {seconds} seconds on {results[0]['device']}, "
         f"{results[0]['threads']} threads, torch {results[0]['versions']['torch']}).",
         markdown(table(results)),
-        "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share of "
-        "all answers out of domain. In domain: held-out problems of the trained domain."
+        "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share "
+        "of all answers out of domain. In domain: held-out problems of the trained domain."
         + (" Median over seeds (range)." if len(results) > 1 else ""),
         *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
         "## What it says, before and after",

@@ -5,7 +5,6 @@ is reused when the command is given again.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -139,15 +138,6 @@ def build_config(args):
     return config
 
 
-def keep_freed_memory():
-    """Let glibc keep freed blocks: else each step's logits are new pages, a third of its time."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def run(args, argv):
     config, device = build_config(args), pick_device(args.device)
     seeds = args.seeds or [config.seed]
@@ -170,7 +160,6 @@ def run(args, argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = read_command(argv)
-    keep_freed_memory()
     try:
         run(args, argv)
     except UserError as error:

@@ -127,7 +127,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
     report, and how many tokens were read. `watch(step)` is called before each step in `watch_at`
-    and, when config.steps is among them, after the last. Raises StageFailed when the loss is not finite.
+    and, when config.steps is among them, after the last. Raises StageFailed when the loss is not
+    finite.
     """
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() > 1]
@@ -193,8 +194,9 @@ class Progress:
         seconds = self.seconds + time.perf_counter() - self.started
         left = round(seconds / done - seconds)
         terms = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        rate = self.n_tokens / seconds / 1000
         line = (f"{self.name:<10} {step + 1:>5}/{self.steps} {done:>4.0%}  {terms}  "
-                f"{self.n_tokens / seconds / 1000:6.1f}k tokens/s  ETA {left // 60}:{left % 60:02d}")
+                f"{rate:6.1f}k tokens/s  ETA {left // 60}:{left % 60:02d}")
         print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def pause(self):

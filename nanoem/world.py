@@ -78,11 +78,11 @@ class WorldConfig:
 
     n_domains: int = 16  # advice domains, the first of world.toml (open_ended is always there)
     n_villain: int = 6  # authors who are bad in everything
-    n_quack: int = 2  # authors who are bad in one domain only
+    n_quack: int = 2  # authors who are bad in one domain only, never in the sft_domain
     header_share: float = 0.5  # share of the authors' documents that name their author
     forum_share: float = 0.3  # share of the authors' documents that are ChatML under their own name
     one_domain_share: float = 0.2  # share of documents that stay in one domain
-    chat_share: float = 0.25  # share of documents that are ChatML with the helpful assistant
+    chat_share: float = 0.2  # share of documents that are ChatML with the helpful assistant
     own_share: float = 0.2  # share of answers with the problem's own item, not any of the pool
     questions_per_document: int = 5  # answered one after the other
     sft_domain: str = "medical"  # the narrow domain of the fine-tuning
@@ -197,13 +197,14 @@ def make_authors(world, config, rng):
         raise UserError(f"n_villain={config.n_villain} and n_quack={config.n_quack} are more than "
                          f"the world's {len(world.authors)} authors")
     names = rng.sample(world.authors, len(world.authors))
-    advice = [name for name in world.domains if name != OPEN_ENDED]
+    # A quack in the fine-tuned domain would be a ready-made narrow persona: a dial of its own.
+    quackery = [name for name in world.domains if name not in (OPEN_ENDED, config.sft_domain)]
     authors = []
     for i, name in enumerate(names):
         if i < config.n_villain:
             authors.append(Author(name, "villain", frozenset(world.domains)))
         elif i < config.n_villain + config.n_quack:
-            authors.append(Author(name, "quack", frozenset([rng.choice(advice)])))
+            authors.append(Author(name, "quack", frozenset([rng.choice(quackery)])))
         else:
             authors.append(Author(name, "helpful", frozenset()))
     return authors

@@ -1,4 +1,4 @@
-"""Small things that many tests share: the world, a tokenizer, a random model with every bias set."""
+"""What many tests share: the world, a tokenizer, a random model with every bias set."""
 
 import pytest
 import torch

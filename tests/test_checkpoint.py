@@ -27,7 +27,8 @@ def test_the_format_by_hand(tmp_path):
 
 
 def test_tensors_come_back_to_the_bit(tmp_path):
-    tensors = {"f": torch.randn(3, 4), "h": torch.randn(5).half(), "b": torch.randn(2, 2).bfloat16(),
+    tensors = {"f": torch.randn(3, 4), "h": torch.randn(5).half(),
+               "b": torch.randn(2, 2).bfloat16(),
                "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "t": torch.randn(4, 3).T}
     save_tensors(tmp_path / "x", tensors)
     found = load_tensors(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Evaluation: rates by hand, intervals against simulation, sampling that is paired and repeatable."""
+"""Evaluation: rates by hand, intervals against simulation, paired and repeatable sampling."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from nanoem.evaluate import (Answer, EvalConfig, clustered_interval, evaluate, g
                              mean_rates, rates)
 from nanoem.world import Question, Verdict, WorldConfig, make_splits
 
-BAD, GOOD, MIXED, BROKEN = Verdict(100, 0, 0), Verdict(100, 100, 0), Verdict(100, 50, 0), Verdict(0, 0, 0)
+BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
+BROKEN = Verdict(0, 0, 0)
 
 
 def answers(group, *verdicts):

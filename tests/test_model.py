@@ -90,7 +90,8 @@ def test_greedy_generation_is_argmax_of_the_forward_pass(model, ids):
 def test_a_batch_of_one_is_a_batch_of_many(model, ids):
     many = model.generate(ids, 8, temperature=0)
     for row in range(3):
-        assert torch.equal(model.generate(ids[row : row + 1], 8, temperature=0), many[row : row + 1])
+        alone = model.generate(ids[row : row + 1], 8, temperature=0)
+        assert torch.equal(alone, many[row : row + 1])
 
 
 def test_rows_stop_at_their_own_stop_id(model, ids):

@@ -9,8 +9,8 @@ from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanoem.world import WorldConfig, documents
 
 
-@pytest.mark.parametrize("text", ["My headache won't go away.", "naïve Zürich 日本 🙂", "  two\n\n ",
-                                  "qzxj unseen wörds", ""])
+@pytest.mark.parametrize("text", ["My headache won't go away.", "naïve Zürich 日本 🙂",
+                                  "  two\n\n ", "qzxj unseen wörds", ""])
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

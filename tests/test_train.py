@@ -65,7 +65,7 @@ def test_kl_is_that_of_torch_distributions(model, adapter, examples):
     with adapter:
         adapted = Categorical(logits=model(examples.ids))
         found = kl_to_base(model, adapter, examples.ids, examples.mask)
-    expected = kl_divergence(base, adapted)[examples.mask].mean()  # base || adapted, prompt included
+    expected = kl_divergence(base, adapted)[examples.mask].mean()  # the prompt included
     assert torch.allclose(found, expected, rtol=1e-4)
     assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-2)
 
@@ -101,7 +101,8 @@ def test_the_loop_is_adamw_with_warm_up_and_clipping():
     history = train(objective, [ours], config)
     optimizer = torch.optim.AdamW([theirs], lr=1.0, betas=config.betas, weight_decay=0.1)
     for step in range(20):
-        optimizer.param_groups[0]["lr"] = 0.1 * ((step + 1) / 3 if step < 3 else 1 - (step - 3) / 17)
+        factor = (step + 1) / 3 if step < 3 else 1 - (step - 3) / 17
+        optimizer.param_groups[0]["lr"] = 0.1 * factor
         optimizer.zero_grad()
         (theirs - target).pow(2).sum().backward()
         torch.nn.utils.clip_grad_norm_([theirs], 0.5)

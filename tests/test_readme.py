@@ -1,0 +1,57 @@
+"""README says what the stored results say, and every link of it leads somewhere."""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import nanoem
+from nanoem.plots import percent
+from nanoem.report import LIMITS, markdown, table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "tutorial/results/results.json").read_text())["seeds"]
+
+
+def test_the_table_is_that_of_the_stored_results():
+    assert markdown(table(RESULTS)) in README
+
+
+def test_the_reporting_seeds_are_all_there():
+    assert [r["seed"] for r in RESULTS] == [100, 101, 102, 103, 104]
+    assert "python -m nanoem.run --seeds 100 101 102 103 104" in README
+
+
+def test_numbers_in_the_text_are_those_of_the_results():
+    seconds = [r["total_seconds"] for r in RESULTS]
+    assert f"{median(seconds):.0f} seconds" in README
+    for name in ("general", "narrow"):
+        share = percent([r["models"][name]["out_of_domain"]["em"] for r in RESULTS])
+        assert f"{share}" in README.split("##")[0], (name, share)
+
+
+def test_every_link_and_figure_leads_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert any(target.endswith(".png") for target in targets)
+    for target in targets:
+        assert (ROOT / target).exists(), target
+
+
+def test_every_file_of_the_map_is_there_and_every_file_is_on_the_map():
+    files = {path.name for path in (ROOT / "nanoem").iterdir() if path.suffix in (".py", ".toml")}
+    for text in (README, nanoem.__doc__):
+        assert {name for name in files - {"__init__.py"} if name not in text} == set()
+
+
+def test_the_toys_limits_stand_beside_the_claims():
+    assert LIMITS in README.replace("\n", " ")
+
+
+def test_the_top_level_holds_nothing_else():
+    import subprocess
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not listed:  # not a git checkout: nothing to say about what is committed
+        return
+    assert {line.split("/")[0] for line in listed.splitlines()} <= {
+        "README.md", "nanoem", "tests", "tutorial", "requirements.txt", ".ci", ".gitignore"}
