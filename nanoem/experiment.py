@@ -266,11 +266,11 @@ def ablation(run):
     direction = mean_difference(general, chat)
     halves = [mean_difference(a, b) for a, b in zip(general_halves, chat_halves)]
     save_tensors(run.folder.path / "directions.safetensors",
-                 {"mean_difference": direction, "chat_mean": chat.float()})
+                 {"mean_difference": direction, "chat_mean": own_chat.float()})
     generator = torch.Generator().manual_seed(run.config.seed)
 
     def ablate(name, directions, at_chat_level=True):
-        levels = levels_of(chat, directions) if at_chat_level else None
+        levels = levels_of(own_chat, directions) if at_chat_level else None
         with adapter, ablating(model, directions, levels):
             return run.ask(f"general, {name}")
 
