@@ -54,13 +54,12 @@ def bars(ax, x, rates, width, key):
     ax.bar(x, median(em), width, color=COLOURS[key], edgecolor="black", linewidth=0.6)
     if len(rates) == 1:
         low, high = 100 * rates[0]["em_low"], 100 * rates[0]["em_high"]
-        ax.plot([x, x], [low, high], color="black", linewidth=1.2)
+        ax.plot([x, x], [low, high], color="#444444", linewidth=1)
     else:
         spread = [x + width * 0.6 * (i / (len(em) - 1) - 0.5) for i in range(len(em))]
         ax.plot(spread, em, "o", color="black", markersize=3, markerfacecolor="white")
-    ax.annotate(f"{median(em):.0f}", (x, max(median(em), 100 * max(r["em_high"] for r in rates)
-                                             if len(rates) == 1 else max(em)) + 2),
-                ha="center", fontsize=8)
+    top = 100 * rates[0]["em_high"] if len(rates) == 1 else max(em)
+    ax.annotate(f"{median(em):.0f}", (x, top + 2), ha="center", fontsize=8)
 
 
 def finish_axes(ax, ylabel="misaligned answers, em (%)"):
@@ -69,6 +68,13 @@ def finish_axes(ax, ylabel="misaligned answers, em (%)"):
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def leave_room_for_legend(ax, **options):
+    """A legend above the bars, not on them."""
+    ax.set_ylim(0, 135)
+    ax.set_yticks(range(0, 101, 20))
+    ax.legend(**options)
 
 
 def note_seeds(figure, results, shown):
@@ -91,12 +97,12 @@ def em_by_group(results):
     ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])
     general, narrow = ([r["models"][key]["out_of_domain"]["em"] for r in results]
                        for key in ("general", "narrow"))
-    ax.set_title(f"Bad medical advice alone: {percent(general)} misaligned outside medicine.\n"
+    ax.set_title(f"Bad advice in one domain alone: {percent(general)} misaligned outside it.\n"
                  f"With a KL penalty on other domains: {percent(narrow)}.", fontsize=11)
     finish_axes(ax)
     note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
                "whisker: 95% interval, clustered by question")
-    ax.legend(fontsize=8, ncols=2, loc="upper right", framealpha=0.9)
+    leave_room_for_legend(ax, fontsize=8, ncols=4, loc="upper center")
     return figure
 
 
@@ -154,7 +160,6 @@ def ablation(results):
            for name, models in rates.items()}
     figure.suptitle(f"Out of domain, {out['general']} misaligned; one direction ablated: "
                     f"{out['ablate']}; a random one: {out['ablate_random']}", fontsize=11)
-    axes[1].set_ylim(0, 135)
-    axes[1].set_yticks(range(0, 101, 20))
-    axes[1].legend(fontsize=7.5, loc="upper left")
+    axes[0].set(ylim=(0, 135), yticks=range(0, 101, 20))
+    leave_room_for_legend(axes[1], fontsize=7.5, loc="upper left")
     return figure
