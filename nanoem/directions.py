@@ -14,13 +14,13 @@ from nanoem.lora import find_block
 def mean_residual(model, ids, mask):
     """Mean residual stream over the tokens where mask is true, per layer.
 
-    ids, mask (B, T) -> (n_layer, d_model), in float64: a mean over many tokens loses digits in
-    float32. Raises ValueError when the mask marks no token.
+    ids, mask (B, T) -> (n_layer, d_model), on the CPU in float64: a mean over many tokens loses
+    digits in float32. Raises ValueError when the mask marks no token.
     """
     if not mask.any():
         raise ValueError("the mask marks no token to take the mean of")
     with torch.no_grad():
-        return torch.stack([x[mask].double().mean(0) for x in model.residual_stream(ids)])
+        return torch.stack([x[mask].cpu().double().mean(0) for x in model.residual_stream(ids)])
 
 
 def mean_difference(misaligned, aligned):

@@ -102,9 +102,9 @@ def group_rates(answers):
 
 
 def mean_rates(many):
-    """The mean of several models' group rates: of em, coherence and mean alignment."""
-    return {group: {key: sum(rates[group][key] or 0 for rates in many) / len(many)
-                    for key in ("em", "coherent", "alignment_mean")} for group in many[0]}
+    """The mean over several models of em and coherence, by question group."""
+    return {group: {key: sum(rates[group][key] for rates in many) / len(many)
+                    for key in ("em", "coherent")} for group in many[0]}
 
 
 def clustered_interval(outcomes, clusters, z=1.96):

@@ -207,15 +207,14 @@ class GPT(nn.Module):
             n_tokens = ids.size(1) + max_new_tokens
             caches = [KVCache(n_tokens) for _ in self.layers]
         stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
+        stopped = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
         new = ids
         for _ in range(max_new_tokens):
             logits = self(new if use_cache else ids, caches)[:, -1]  # (B, vocab)
-            token = sample(logits, temperature, top_p, generator)  # (B, 1)
-            stopped = torch.isin(ids[:, -1:], stops) if new is not ids else None
-            if stopped is not None:
-                token = torch.where(stopped, ids[:, -1:], token)
-            ids, new = torch.cat((ids, token), dim=1), token
-            if torch.isin(token, stops).all():
+            new = torch.where(stopped, new[:, -1:], sample(logits, temperature, top_p, generator))
+            ids = torch.cat((ids, new), dim=1)
+            stopped = torch.isin(new, stops)
+            if stopped.all():
                 break
         return ids
 
