@@ -23,9 +23,9 @@ from nanoem.report import print_table, write_report
 from nanoem.train import StageFailed
 
 QUICK = {  # what --quick sets: the same stages in a smaller world
-    "world.n_domains": "6", "pretrain.steps": "250", "context": "64", "sft.steps": "100",
-    "sft_kl.steps": "100", "curve_points": "4", "curve_samples": "40",
-    "evaluation.samples_per_group": "160", "n_random": "2",
+    "world.n_domains": "4", "pretrain.steps": "180", "context": "64", "sft.steps": "60",
+    "sft_kl.steps": "60", "curve_points": "3", "curve_samples": "30",
+    "evaluation.samples_per_group": "100", "n_random": "2",
 }
 
 
