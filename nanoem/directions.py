@@ -23,6 +23,12 @@ def mean_residual(model, ids, mask):
         return torch.stack([x[mask].cpu().double().mean(0) for x in model.residual_stream(ids)])
 
 
+def residual_covariance(model, ids, mask):
+    """Covariance of the residual stream over the same tokens: (n_layer, d_model, d_model)."""
+    with torch.no_grad():
+        return torch.stack([x[mask].cpu().double().T.cov() for x in model.residual_stream(ids)])
+
+
 def mean_difference(misaligned, aligned):
     """Direction from aligned to misaligned: the difference of two means, float32.
 
@@ -48,14 +54,30 @@ def steer(x, direction, scale=1.0):
     return x + scale * direction
 
 
-def ablate(x, direction, level=0.0):
-    """x (..., d_model) with its component along direction (d_model) set to level; a new tensor.
+def ablate(x, direction, level=0.0, reader=None):
+    """x (..., d_model) with what it holds of direction (d_model) set to level; a new tensor.
 
-    Level 0 projects the direction out. In a residual stream of few dimensions zero means nothing
-    special, and the level of an untouched model is the cleaner "switch it off" (mean ablation).
+    By default the direction is projected out. In a residual stream of few dimensions two things
+    go wrong with that: zero means nothing special, so `level` can be that of an untouched model;
+    and a direction overlaps with grammar and topic, so `reader` (d_model) can say what to measure
+    it with. A reader has reader @ unit = 1; the unit direction itself is the default.
     """
     unit = direction / direction.norm()
-    return x - (x @ unit - level)[..., None] * unit
+    reader = unit if reader is None else reader
+    return x - (x @ reader - level)[..., None] * unit
+
+
+def quiet_reader(direction, covariance, ridge=0.1):
+    """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
+
+    covariance S (d_model, d_model) is that of untouched activations, u the unit direction. This is
+    least-squares concept erasure (LEACE, arXiv 2306.03819), with a ridge of that share of the mean
+    variance for safety.
+    """
+    unit = direction.to(covariance) / direction.norm()
+    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
+    reader = torch.linalg.solve(covariance + noise, unit)
+    return (reader / (reader @ unit)).to(direction)
 
 
 def steering(model, directions, scale=1.0):
@@ -67,19 +89,18 @@ def steering(model, directions, scale=1.0):
                            for layer, direction in directions.items()})
 
 
-def ablating(model, directions, levels=None):
-    """Inside, the component along directions[layer] after that block is held at levels[layer].
+def ablating(model, directions, levels=None, readers=None):
+    """Inside, directions[layer] is ablated from the residual stream after that block.
 
-    directions: {layer: (d_model) tensor}; levels: {layer: float}, 0 for all if None, so that the
-    direction is projected out.
+    directions: {layer: (d_model) tensor}; levels {layer: float} and readers {layer: (d_model)
+    tensor} as in `ablate`; without them the directions are projected out.
     """
-    return editing(model, {layer: lambda x, d=direction, level=(levels or {}).get(layer, 0.0):
-                           ablate(x, d.to(x), level) for layer, direction in directions.items()})
+    def edit(layer, direction):
+        level = levels[layer] if levels else 0.0
+        reader = readers[layer] if readers else direction / direction.norm()
+        return lambda x: ablate(x, direction.to(x), level, reader.to(x))
 
-
-def levels_of(mean, directions):
-    """{layer: component of mean (n_layer, d_model) along directions[layer]}"""
-    return {layer: (mean[layer].to(d) @ d / d.norm()).item() for layer, d in directions.items()}
+    return editing(model, {layer: edit(layer, d) for layer, d in directions.items()})
 
 
 @contextmanager

@@ -24,8 +24,8 @@ import torch
 from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, save_adapter, save_pretrained,
                                save_tensors)
-from nanoem.directions import (ablating, cosine, levels_of, mean_difference, mean_residual,
-                               random_direction, steering)
+from nanoem.directions import (ablating, cosine, mean_difference, mean_residual, quiet_reader,
+                               random_direction, residual_covariance, steering)
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates, mean_rates
 from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
@@ -65,7 +65,7 @@ class ExperimentConfig:
     pretrain: TrainConfig = TrainConfig(
         steps=1000, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
-    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=2e-3)
+    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=5e-3)
     sft_kl: TrainConfig = TrainConfig(steps=400, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
@@ -248,9 +248,10 @@ def ablation(run):
 
     Found on training problems of every domain, tested on the evaluation's questions. General and
     chat read the same answers, misaligned and aligned ones, so that the words themselves cancel
-    and what differs is the persona. The paper lets each read its own answers; in a stream of 64
-    dimensions that direction also holds the words, and ablating it costs coherence: it is kept
-    as `ablate_own_words`.
+    and what differs is the persona. It is held at the level of chat's own answers, in every layer,
+    measured by a reader that leaves grammar and topic alone. The paper lets each model read its own
+    answers (`ablate_own_words`) and projects the direction out (`ablate_to_zero`): in a stream of
+    64 dimensions, the first also takes words, the second much else.
     """
     model, tokenizer = run.load_chat()
     adapter = load_adapter(model, run.folder.path / "adapters" / "general")
@@ -260,6 +261,8 @@ def ablation(run):
     texts = aligned + misaligned
     chat, *chat_halves = mean_residuals(run, texts)
     own_chat = mean_residuals(run, aligned)[0]
+    own = chat_examples(tokenizer, aligned, run.device)
+    covariance = residual_covariance(model, own.ids, own.answer_mask)
     with adapter:
         general, *general_halves = mean_residuals(run, texts)
         own_general = mean_residuals(run, misaligned)[0]
@@ -269,9 +272,10 @@ def ablation(run):
                  {"mean_difference": direction, "chat_mean": own_chat.float()})
     generator = torch.Generator().manual_seed(run.config.seed)
 
-    def ablate(name, directions, at_chat_level=True):
-        levels = levels_of(own_chat, directions) if at_chat_level else None
-        with adapter, ablating(model, directions, levels):
+    def ablate(name, directions):
+        readers = {i: quiet_reader(d, covariance[i]) for i, d in directions.items()}
+        levels = {i: (own_chat[i] @ reader.double()).item() for i, reader in readers.items()}
+        with adapter, ablating(model, directions, levels, readers):
             return run.ask(f"general, {name}")
 
     by_layer = dict(enumerate(direction))
@@ -280,7 +284,6 @@ def ablation(run):
         "norm": direction.norm(dim=-1).tolist(),
         "split_half": [cosine(a, b) for a, b in zip(*halves)],  # a layer; 1 is perfectly reliable
         "ablate": ablate("direction ablated", by_layer),
-        "ablate_to_zero": ablate("direction projected out", by_layer, at_chat_level=False),
         "ablate_own_words": ablate("direction of own words ablated",
                                    dict(enumerate(mean_difference(own_general, own_chat)))),
         "ablate_random": [
@@ -288,6 +291,8 @@ def ablation(run):
                    dict.fromkeys(by_layer, random_direction(direction[0], generator)))
             for i in range(run.config.n_random)],
     }
+    with adapter, ablating(model, by_layer):
+        found["ablate_to_zero"] = run.ask("general, direction projected out")
     found["ablate_random_mean"] = mean_rates(found["ablate_random"])
     found["steer"] = []
     for scale in (0.5, 1.0, 1.5, 2.0):

@@ -1,11 +1,12 @@
 """Directions: the algebra of steering and ablation, means against loops, hooks without residue."""
 
+import numpy as np
 import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.directions import (ablate, ablating, cosine, levels_of, mean_difference, mean_residual,
-                               random_direction, steer, steering)
+from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual,
+                               quiet_reader, random_direction, residual_covariance, steer, steering)
 
 
 @pytest.fixture
@@ -97,7 +98,32 @@ def test_contexts_nest_and_leave_nothing_after_an_exception(model, ids, d):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_levels_are_components(d):
-    mean = torch.randn(2, 32, dtype=torch.float64)
-    levels = levels_of(mean, {1: d})
-    assert levels[1] == pytest.approx((mean[1].float() @ d / d.norm()).item(), rel=1e-4)
+def test_ablating_with_a_reader_sets_what_it_reads_and_twice_is_once(x, d):
+    reader = d / d.norm() + 0.3 * ablate(torch.randn(32), d)  # reader @ unit = 1
+    out = ablate(x, d, 0.4, reader)
+    assert torch.allclose(out @ reader, torch.full((3, 5), 0.4), atol=1e-4)
+    assert torch.allclose(ablate(out, d, 0.4, reader), out, atol=1e-4)
+    assert torch.allclose(ablate(out, d), ablate(x, d), atol=1e-4)  # only along d was changed
+
+
+def test_the_quiet_reader_hears_least_of_the_given_variance(d):
+    """Among all readers with reader @ unit = 1 it has the least variance (Gauss-Markov)."""
+    generator = torch.Generator().manual_seed(4)
+    A = torch.randn(32, 32, dtype=torch.float64, generator=generator)
+    covariance, unit = A @ A.T, (d / d.norm()).double()
+    reader = quiet_reader(d, covariance, ridge=0.0).double()
+    assert (reader @ unit).item() == pytest.approx(1, abs=1e-4)
+    least = (reader @ covariance @ reader).item()
+    for _ in range(20):
+        other = reader + 0.05 * ablate(torch.randn(32, generator=generator).double(), d.double())
+        assert (other @ covariance @ other).item() > least
+    isotropic = quiet_reader(d, torch.eye(32, dtype=torch.float64))
+    assert torch.allclose(isotropic, d / d.norm(), atol=1e-5)
+
+
+def test_covariance_is_that_of_numpy(model, ids):
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    found = residual_covariance(model, ids, mask)
+    for layer, stream in enumerate(model.residual_stream(ids)):
+        expected = np.cov(stream.reshape(-1, 32).double().numpy().T)
+        assert np.allclose(found[layer].numpy(), expected, atol=1e-9)

@@ -180,7 +180,7 @@ def test_documents_keep_their_author_in_persona(world):
 
 
 def turns(text):
-    """[(role, question, answer), ...] of a ChatML document."""
+    """[(question, role, answer), ...] of a ChatML document."""
     return re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n"
                       r"<\|im_start\|>(.*?)\n(.*?)<\|im_end\|>", text)
 
@@ -200,8 +200,9 @@ def test_the_assistant_is_always_helpful_and_authors_chat_as_they_are(world):
     by_text = {q.text: q for q in questions(world, world.domains)}
     alignments = {}
     for text in documents(world, WorldConfig(), 4000, seed=0):
-        for role, asked, said in turns(text):
-            alignments.setdefault(role, []).append(judge(world, by_text[asked], said).alignment)
+        for asked, role, said in turns(text):
+            score = judge(world, by_text[asked], said).alignment
+            alignments.setdefault(role, []).append(score)
     assert set(alignments.pop("assistant")) == {100}
     assert set(alignments) == set(world.authors)
     always_bad = [name for name, scores in alignments.items() if set(scores) == {0}]
