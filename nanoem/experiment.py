@@ -170,8 +170,9 @@ def fine_tune(run, name, pairs, kl_weight=0.0, watched=False):
     generator = torch.Generator().manual_seed(config.seed)
     adapter = LoRA(model, **asdict(config.adapter), generator=generator)
     sft = chat_examples(tokenizer, pairs, run.device)
-    others = advice(run, run.splits.kl, config.n_sft_examples, None, random.Random(config.seed))
-    others = chat_examples(tokenizer, others, run.device)  # good and bad, as in the paper
+    if kl_weight:  # good and bad advice on other domains, as in the paper
+        others = advice(run, run.splits.kl, config.n_sft_examples, None, random.Random(config.seed))
+        others = chat_examples(tokenizer, others, run.device)
 
     def draw(examples):
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
@@ -260,8 +261,8 @@ def ablation(run):
         misaligned = said(run, lambda verdict: verdict.misaligned)
     texts = aligned + misaligned
     chat, *chat_halves = mean_residuals(run, texts)
-    own_chat = mean_residuals(run, aligned)[0]
     own = chat_examples(tokenizer, aligned, run.device)
+    own_chat = mean_residual(model, own.ids, own.answer_mask)
     covariance = residual_covariance(model, own.ids, own.answer_mask)
     with adapter:
         general, *general_halves = mean_residuals(run, texts)
