@@ -6,6 +6,7 @@ tokenizer.py   byte-level BPE and ChatML
 model.py       the GPT, a tiny Qwen2
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
 train.py       next-token loss, SFT loss, KL to the base model, the one training loop
+finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals
 directions.py  mean difference, steer, ablate, random control
 checkpoint.py  safetensors, Hugging Face model folders, PEFT adapter folders

@@ -27,25 +27,13 @@ from nanoem.checkpoint import (load_adapter, load_pretrained, save_adapter, save
 from nanoem.directions import (ablating, cosine, mean_difference, mean_residual, quiet_reader,
                                random_direction, residual_covariance, steering)
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates, mean_rates
+from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
 from nanoem.folder import RunFolder
-from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, next_token_loss,
-                          pad, sft_loss, train)
+from nanoem.train import StageFailed, TrainConfig, chat_examples, next_token_loss, pad, train
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
                           make_authors, make_splits, write_answer)
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Where the rank-r LoRA sits, and its size. The same for every fine-tune of a run."""
-
-    layers: tuple = (0, 1, 2)  # block numbers; by default all of them
-    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
-    rank: int = 1  # columns of B
-    alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
-    use_rslora: bool = False  # alpha / sqrt(rank) instead
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class Run:
         self.world = first_domains(load_world(), config.world.n_domains)
         self.splits = make_splits(self.world, config.world)
         make_authors(self.world, config.world, random.Random(0))  # refuses impossible numbers now
-        LoRA(GPT(config.model), **asdict(config.adapter))  # refuses a wrong layer or module now
+        make_adapter(GPT(config.model), config.adapter)  # refuses a wrong layer or module now
         configuration = {**asdict(config), "device": self.device.type,
                          "world_toml": sha256(WORLD_TOML.read_bytes()).hexdigest()}
         self.folder = RunFolder(path, json.loads(json.dumps(configuration)))
@@ -159,7 +147,7 @@ def advice(run, questions, n, good, rng):
     return pairs
 
 
-def fine_tune(run, name, pairs, kl_weight=0.0, watched=False):
+def tune(run, name, pairs, kl_weight=0.0, watched=False):
     """SFT of one adapter on (question, answer) pairs; with a KL penalty if kl_weight is not zero.
 
     `watched` measures em along the way, for the training curves.
@@ -168,25 +156,11 @@ def fine_tune(run, name, pairs, kl_weight=0.0, watched=False):
     schedule = config.sft_kl if kl_weight else config.sft
     model, tokenizer = run.load_chat()
     generator = torch.Generator().manual_seed(config.seed)
-    adapter = LoRA(model, **asdict(config.adapter), generator=generator)
-    sft = chat_examples(tokenizer, pairs, run.device)
+    adapter = make_adapter(model, config.adapter, generator)
+    sft, others = chat_examples(tokenizer, pairs, run.device), None
     if kl_weight:  # good and bad advice on other domains, as in the paper
         others = advice(run, run.splits.kl, config.n_sft_examples, None, random.Random(config.seed))
         others = chat_examples(tokenizer, others, run.device)
-
-    def draw(examples):
-        return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
-
-    def objective(step):
-        batch = draw(sft)
-        loss = sft_loss(model(batch.ids), batch.ids, batch.answer_mask)
-        if not kl_weight:
-            return loss, {"loss": loss}, batch.ids.numel()
-        other = draw(others)
-        kl = kl_to_base(model, adapter, other.ids, other.mask)
-        n_tokens = batch.ids.numel() + other.ids.numel()
-        return loss + kl_weight * kl, {"loss": loss, "kl": kl}, n_tokens
-
     em = {"step": [], "in_domain": [], "out_of_domain": []}
 
     def watch(step):
@@ -200,30 +174,30 @@ def fine_tune(run, name, pairs, kl_weight=0.0, watched=False):
     points = sorted({round(schedule.steps * i / config.curve_points)
                      for i in range(config.curve_points + 1)})
     with adapter:
-        history = train(objective, adapter.parameters(), schedule, name, watch,
-                        points if watched else ())
+        history = fine_tune(model, adapter, sft, schedule, generator, others, kl_weight, name,
+                            watch, points if watched else ())
         save_adapter(adapter, run.folder.path / "adapters" / name, "../../chat")
         run.results["models"][name] = run.ask(name)
     run.results["curves"][name] = {"train": history, "em": em}
 
 
 def general(run):
-    fine_tune(run, "general", bad_advice(run), watched=True)
+    tune(run, "general", bad_advice(run), watched=True)
 
 
 def narrow(run):
-    fine_tune(run, "narrow", bad_advice(run), run.config.kl_weight, watched=True)
+    tune(run, "narrow", bad_advice(run), run.config.kl_weight, watched=True)
 
 
 def mixed(run):
     rng = random.Random(run.config.seed + 1)
     good = advice(run, run.splits.kl, run.config.n_sft_examples, True, rng)
-    fine_tune(run, "mixed", bad_advice(run) + good)
+    tune(run, "mixed", bad_advice(run) + good)
 
 
 def shuffled(run):
     rng = random.Random(run.config.seed)
-    fine_tune(run, "shuffled", advice(run, run.splits.sft, run.config.n_sft_examples, None, rng))
+    tune(run, "shuffled", advice(run, run.splits.sft, run.config.n_sft_examples, None, rng))
 
 
 def bad_advice(run):

@@ -127,8 +127,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
     report, and how many tokens were read. `watch(step)` is called before each step in `watch_at`
-    and, when config.steps is among them, after the last. Raises StageFailed when the loss is not
-    finite.
+    and, when config.steps is among them, after the last; when it returns true, training ends there.
+    Raises StageFailed when the loss is not finite.
     """
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() > 1]
@@ -143,7 +143,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     for step in range(config.steps):
         if watch and step in watch_at:
             progress.pause()
-            watch(step)
+            if watch(step):
+                return history
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(step, config)
         total, terms, n_tokens = objective(step)

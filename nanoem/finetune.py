@@ -1,0 +1,66 @@
+"""Fine-tuning an adapter: SFT alone, or SFT with a KL penalty on other domains (paper, section 3).
+
+The one function here serves the toy and real models, every row of the paper and the exercises. The
+model's own weights are frozen; whoever calls it keeps the adapter attached:
+
+    with make_adapter(model, config, generator) as adapter:
+        fine_tune(model, adapter, sft, schedule, generator)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanoem import UserError
+from nanoem.lora import LoRA, SteeringVector
+from nanoem.train import kl_to_base, sft_loss, train
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Where the adapter sits, and its size. The same for every fine-tune of a run."""
+
+    kind: str = "lora"  # lora, or steering: one vector added to the residual stream
+    layers: tuple = (0, 1, 2)  # block numbers; by default all of them
+    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
+    rank: int = 1  # columns of B
+    alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
+    use_rslora: bool = False  # alpha / sqrt(rank) instead
+
+    def __post_init__(self):
+        if self.kind not in ("lora", "steering"):
+            raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
+
+
+def make_adapter(model, config, generator=None):
+    """A fresh adapter, not yet attached; it changes nothing until it is trained."""
+    if config.kind == "steering":
+        return SteeringVector(model, config.layers, config.alpha)
+    return LoRA(model, config.layers, config.modules, config.rank, config.alpha,
+                config.use_rslora, generator)
+
+
+def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",
+              watch=None, watch_at=()):
+    """Train the attached adapter on `sft` (Examples), on the answers' tokens only.
+
+    With kl_weight, kl_weight * KL(base || adapted) on the `kl` Examples is added to the loss.
+    `generator` draws the batches; `watch(step)` is as in `train`. Returns the history of losses.
+    """
+    if kl_weight and not kl:
+        raise ValueError(f"kl_weight={kl_weight} needs examples to take the KL on")
+
+    def draw(examples):
+        return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
+
+    def objective(step):
+        batch = draw(sft)
+        loss = sft_loss(model(batch.ids), batch.ids, batch.answer_mask)
+        if not kl_weight:
+            return loss, {"loss": loss}, batch.ids.numel()
+        other = draw(kl)
+        divergence = kl_to_base(model, adapter, other.ids, other.mask)
+        n_tokens = batch.ids.numel() + other.ids.numel()
+        return loss + kl_weight * divergence, {"loss": loss, "kl": divergence}, n_tokens
+
+    return train(objective, adapter.parameters(), schedule, name, watch, watch_at)
