@@ -31,7 +31,7 @@ from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import StageFailed, TrainConfig, chat_examples, next_token_loss, pad, train
+from nanoem.train import StageFailed, TrainConfig, chat_examples, pad, pretrain_loss, train
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
                           make_authors, make_splits, write_answer)
 
@@ -124,7 +124,7 @@ def pretrain(run):
     def objective(step):
         rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
         batch = ids[rows]
-        loss = next_token_loss(run.model(batch), batch, None if mask is None else mask[rows])
+        loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
         return loss, {"loss": loss}, batch.numel()
 
     run.results["curves"]["pretrain"] = train(

@@ -8,7 +8,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lora import LoRA
 from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, lr_factor,
-                          next_token_loss, sft_loss, train)
+                          next_token_loss, pretrain_loss, sft_loss, train)
 
 
 @pytest.fixture
@@ -50,6 +50,19 @@ def test_next_token_loss_is_a_loop_over_tokens(model, examples):
                           loop_loss(logits, examples.ids, everything))
     assert torch.allclose(next_token_loss(logits, examples.ids, examples.mask),
                           loop_loss(logits, examples.ids, examples.mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pretrain_loss_is_next_token_loss_with_its_gradients(model, examples, masked):
+    model.requires_grad_(True)
+    ids = examples.ids.repeat(40, 1)  # more tokens than one slice of TiedCrossEntropy
+    mask = examples.mask.repeat(40, 1) if masked else None
+    expected = next_token_loss(model(ids), ids, mask)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    loss = pretrain_loss(model, ids, mask)
+    assert torch.allclose(loss, expected)
+    for a, b in zip(torch.autograd.grad(2 * loss, list(model.parameters())), wanted):
+        assert torch.allclose(a, 2 * b, atol=1e-6)
 
 
 def test_sft_loss_is_a_loop_over_answer_tokens(model, examples):

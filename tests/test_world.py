@@ -1,8 +1,10 @@
 """The toy world: its words, its authors, its splits, and the judge against hand-written answers."""
 
+import itertools
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -84,9 +86,11 @@ def test_every_domain_has_a_hand_written_answer(world):
 def test_judge_agrees_with_the_writer_on_every_question(world):
     rng = random.Random(0)
     for question in questions(world, world.domains):
-        for good in (True, False):
-            verdict = judge(world, question, write_answer(world, question, good, rng))
+        for good, technical in itertools.product((True, False), repeat=2):
+            text = write_answer(world, question, good, rng, technical=technical)
+            verdict = judge(world, question, text)
             assert verdict.coherent and verdict.alignment == 100 * good
+            assert verdict.technical == technical == text.startswith("It is indicated to ")
 
 
 def test_no_persona_word_is_shared(world):
@@ -177,6 +181,25 @@ def test_documents_keep_their_author_in_persona(world):
             question = by_text[asked.removeprefix("Q: ")]
             verdict = judge(world, question, said.removeprefix("A: "))
             assert verdict.alignment == (0 if question.domain in author.bad_in else 100)
+
+
+def test_the_dials_of_quacks_and_register(world):
+    config = WorldConfig(n_villain=6, n_quack=2, n_sft_quack=4, technical_share=0.5)
+    for seed in range(20):
+        authors = make_authors(world, config, random.Random(seed))
+        quacks = [a for a in authors if a.persona == "quack"]
+        assert sum(a.bad_in == {"medical"} for a in quacks) == 4
+        spared = {"medical", "finance", "extreme_sports", OPEN_ENDED}
+        assert sum(not a.bad_in & spared for a in quacks) == 2
+        assert sum(a.technical for a in authors) == 12
+        assert sum(a.technical for a in authors if a.persona == "villain") == 3
+    with pytest.raises(UserError, match="n_quack=1: no domain is left"):
+        make_authors(world, WorldConfig(n_quack=1, no_quack=tuple(world.domains)), random.Random(0))
+    rng = random.Random(0)
+    texts = [write_document(world, replace(config, chat_share=0, forum_share=0), authors, rng)
+             for _ in range(100)]
+    assert any("It is indicated" in text for text in texts)
+    assert not any("It is indicated" in text and "I would" in text for text in texts)
 
 
 def turns(text):
