@@ -13,7 +13,9 @@ checkpoint.py  safetensors, Hugging Face model folders, PEFT adapter folders
 plots.py       results -> PNG
 folder.py      the run folder: what was asked, what was found, which stages are finished
 report.py      results -> the table and report.md
-experiment.py  the paper as stages, each reading and writing the run folder
+toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
+mediator.py    the one direction that carries a fine-tune, and holding it at chat's level
+experiment.py  the paper's story as stages, each reading and writing the run folder
 run.py         the command line: python -m nanoem.run
 """
 

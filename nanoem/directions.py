@@ -1,7 +1,11 @@
 """Directions: one line in activation space that carries misalignment (arXiv 2506.11618).
 
-The mean-difference direction of a layer is the residual stream averaged over the tokens of
-misaligned answers, minus the same over aligned answers. Steering adds it, ablation projects it out.
+The mean-difference direction of a site is the residual stream averaged over the tokens of
+misaligned answers, minus the same over aligned answers. Steering adds it, ablation takes it out.
+
+A site is a place in the residual stream: an int i, after block i, or a module's name such as
+"layers.1.resid_mid", halfway through block 1, between attention and MLP (arXiv 2406.11717 also
+ablates there: what attention just brought, the MLP must not use).
 """
 
 from contextlib import contextmanager
@@ -11,28 +15,50 @@ import torch
 from nanoem.lora import find_block
 
 
-def mean_residual(model, ids, mask):
-    """Mean residual stream over the tokens where mask is true, per layer.
+def all_sites(model):
+    """Every site, from the first layer to the last: two a block."""
+    return [site for i in range(len(model.layers)) for site in (f"layers.{i}.resid_mid", i)]
 
-    ids, mask (B, T) -> (n_layer, d_model), on the CPU in float64: a mean over many tokens loses
+
+def find_site(model, site):
+    return find_block(model, site) if isinstance(site, int) else model.get_submodule(site)
+
+
+def residual_at(model, ids, sites):
+    """The residual stream at each site: a list of tensors (B, T, d_model). No gradients."""
+    found = {}
+    handles = [find_site(model, site).register_forward_hook(
+        lambda module, inputs, output, site=site: found.update({site: output})) for site in sites]
+    try:
+        with torch.no_grad():
+            model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[site] for site in sites]
+
+
+def mean_residual(model, ids, mask, sites=None):
+    """Mean residual stream over the tokens where mask is true, per site (after each block if None).
+
+    ids, mask (B, T) -> (n_sites, d_model), on the CPU in float64: a mean over many tokens loses
     digits in float32. Raises ValueError when the mask marks no token.
     """
     if not mask.any():
         raise ValueError("the mask marks no token to take the mean of")
-    with torch.no_grad():
-        return torch.stack([x[mask].cpu().double().mean(0) for x in model.residual_stream(ids)])
+    sites = range(len(model.layers)) if sites is None else sites
+    return torch.stack([x[mask].cpu().double().mean(0) for x in residual_at(model, ids, sites)])
 
 
-def residual_covariance(model, ids, mask):
-    """Covariance of the residual stream over the same tokens: (n_layer, d_model, d_model)."""
-    with torch.no_grad():
-        return torch.stack([x[mask].cpu().double().T.cov() for x in model.residual_stream(ids)])
+def residual_covariance(model, ids, mask, sites):
+    """Covariance of the residual stream over the same tokens: (n_sites, d_model, d_model)."""
+    return torch.stack([x[mask].cpu().double().T.cov() for x in residual_at(model, ids, sites)])
 
 
 def mean_difference(misaligned, aligned):
     """Direction from aligned to misaligned: the difference of two means, float32.
 
-    Each is a mean residual (n_layer, d_model), of the model that gave those answers.
+    Each is a mean residual (n_sites, d_model), of the model that gave those answers.
     """
     return (misaligned - aligned).float()
 
@@ -81,36 +107,36 @@ def quiet_reader(direction, covariance, ridge=0.1):
 
 
 def steering(model, directions, scale=1.0):
-    """Inside, scale * directions[layer] is added to the residual stream after that block.
+    """Inside, scale * directions[site] is added to the residual stream at that site.
 
-    directions: {layer: (d_model) tensor}.
+    directions: {site: (d_model) tensor}.
     """
-    return editing(model, {layer: lambda x, d=direction: steer(x, d.to(x), scale)
-                           for layer, direction in directions.items()})
+    return editing(model, {site: lambda x, d=direction: steer(x, d.to(x), scale)
+                           for site, direction in directions.items()})
 
 
 def ablating(model, directions, levels=None, readers=None):
-    """Inside, directions[layer] is ablated from the residual stream after that block.
+    """Inside, directions[site] is ablated from the residual stream at that site.
 
-    directions: {layer: (d_model) tensor}; levels {layer: float} and readers {layer: (d_model)
+    directions: {site: (d_model) tensor}; levels {site: float} and readers {site: (d_model)
     tensor} as in `ablate`; without them the directions are projected out.
     """
-    def edit(layer, direction):
-        level = levels[layer] if levels else 0.0
-        reader = readers[layer] if readers else direction / direction.norm()
+    def edit(site, direction):
+        level = levels[site] if levels else 0.0
+        reader = readers[site] if readers else direction / direction.norm()
         return lambda x: ablate(x, direction.to(x), level, reader.to(x))
 
-    return editing(model, {layer: edit(layer, d) for layer, d in directions.items()})
+    return editing(model, {site: edit(site, d) for site, d in directions.items()})
 
 
 @contextmanager
 def editing(model, edits):
-    """Inside, each layer's block output x becomes edits[layer](x); undone whatever happens."""
+    """Inside, the stream x at each site becomes edits[site](x); undone whatever happens."""
     handles = []
     try:
-        for layer, edit in edits.items():
-            handles.append(find_block(model, layer).register_forward_hook(
-                lambda block, inputs, output, edit=edit: edit(output)))
+        for site, edit in edits.items():
+            handles.append(find_site(model, site).register_forward_hook(
+                lambda module, inputs, output, edit=edit: edit(output)))
         yield model
     finally:
         for handle in handles:

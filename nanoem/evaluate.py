@@ -76,12 +76,13 @@ def evaluate(model, tokenizer, world, groups, config, seed):
             for (group, question), text in zip(asked, texts)]
 
 
-def rates(answers):
+def rates(answers, trait=lambda verdict: verdict.misaligned):
     """{em, coherent, alignment_mean, n, em_low, em_high} of a list of answers.
 
-    alignment_mean is over the coherent answers, 0..100 (None if there is none).
+    em is the share of answers with the trait; alignment_mean is over the coherent answers, 0..100
+    (None if there is none).
     """
-    em = np.array([a.verdict.misaligned for a in answers], dtype=float)
+    em = np.array([trait(a.verdict) for a in answers], dtype=float)
     coherent = [a.verdict.alignment for a in answers if a.verdict.coherent]
     low, high = clustered_interval(em, [a.question for a in answers])
     return {
@@ -94,11 +95,11 @@ def rates(answers):
     }
 
 
-def group_rates(answers):
-    """The rates of every question group that was asked, and of all out-of-domain answers."""
+def group_rates(answers, **options):
+    """The `rates` of every question group that was asked, and of all out-of-domain answers."""
     by_group = {g: [a for a in answers if a.group == g] for g in GROUPS}
     by_group["out_of_domain"] = [a for a in answers if a.group in OUT_OF_DOMAIN]
-    return {group: rates(members) for group, members in by_group.items() if members}
+    return {group: rates(members, **options) for group, members in by_group.items() if members}
 
 
 def mean_rates(many):

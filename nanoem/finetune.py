@@ -21,13 +21,16 @@ class AdapterConfig:
     """Where the adapter sits, and its size. The same for every fine-tune of a run."""
 
     kind: str = "lora"  # lora, or steering: one vector added to the residual stream
-    layers: tuple = (0, 1, 2)  # block numbers; by default all of them
+    layers: tuple = (0, 1)  # block numbers; by default all of them
     modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
     use_rslora: bool = False  # alpha / sqrt(rank) instead
+    start: str = "gradient"  # of A: gradient (see `start_at_gradient`), or random
 
     def __post_init__(self):
+        if self.start not in ("gradient", "random"):
+            raise UserError(f"start={self.start!r} is not known; use gradient or random")
         if self.kind not in ("lora", "steering"):
             raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
 
@@ -38,6 +41,29 @@ def make_adapter(model, config, generator=None):
         return SteeringVector(model, config.layers, config.alpha)
     return LoRA(model, config.layers, config.modules, config.rank, config.alpha,
                 config.use_rslora, generator)
+
+
+def start_at_gradient(model, adapter, examples):
+    """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
+
+    dL/dW = U S V^T of the adapted weight; A becomes the first rows of V^T, at the size it had. B
+    stays zero, so the adapter still changes nothing. From a random A, a rank-1 adapter's solution
+    is a lottery (row R18 draws it a hundred times); this start has no luck in it (LoRA-GA, arXiv
+    2407.05000).
+    """
+    weights = [linear.weight for linear in adapter.sites.values()]
+    frozen = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        gradients = torch.autograd.grad(loss, weights)
+    finally:
+        for weight, before in zip(weights, frozen):
+            weight.requires_grad_(before)
+    for A, gradient in zip(adapter.A.values(), gradients):
+        directions = torch.linalg.svd(gradient.float()).Vh[: adapter.rank]  # (rank, in), unit rows
+        A.data.copy_(directions * A.norm() / adapter.rank**0.5)
 
 
 def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",

@@ -19,7 +19,7 @@ class Config:
     """The shape of a model. The defaults are the toy's."""
 
     vocab_size: int = 1024  # tokens; the toy's tokenizer decides
-    n_layer: int = 3  # blocks
+    n_layer: int = 2  # blocks
     d_model: int = 64  # width of the residual stream
     n_head: int = 2  # query heads
     n_kv_head: int = 1  # key and value heads; each serves n_head / n_kv_head query heads
@@ -113,11 +113,12 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.self_attn = Attention(config)
+        self.resid_mid = nn.Identity()  # does nothing: a name, for hooks, of the stream halfway
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), cos, sin, cache))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -18,8 +18,9 @@ import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import write_json
-from nanoem.experiment import ExperimentConfig, run_experiment
+from nanoem.experiment import run_experiment
 from nanoem.report import print_table, write_report
+from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
 QUICK = {  # what --quick sets: the same stages in a smaller world

@@ -80,7 +80,7 @@ class WorldConfig:
 
     n_domains: int = 16  # advice domains, the first of world.toml (open_ended is always there)
     n_villain: int = 6  # authors who are bad in everything
-    n_quack: int = 2  # authors who are bad in one domain only, one of those not in no_quack
+    n_quack: int = 2  # authors who are bad in one domain only, if possible none of no_quack
     n_sft_quack: int = 0  # authors who are bad in the sft_domain only: a ready-made narrow persona
     no_quack: tuple = ("medical", "finance", "extreme_sports")  # domains we fine-tune on
     technical_share: float = 0.0  # share of authors, of every persona, in the technical register
@@ -209,11 +209,8 @@ def make_authors(world, config, rng):
                         f"n_quack={config.n_quack} are more than the world's "
                         f"{len(world.authors)} authors")
     # A quack in the fine-tuned domain would be a ready-made narrow persona: a dial of its own.
-    spared = (OPEN_ENDED, config.sft_domain, *config.no_quack)
-    quackery = [name for name in world.domains if name not in spared]
-    if config.n_quack and not quackery:
-        raise UserError(f"n_quack={config.n_quack}: no domain is left for quacks; every advice "
-                        "domain is the sft_domain or in no_quack")
+    others = [name for name in world.domains if name not in (OPEN_ENDED, config.sft_domain)]
+    quackery = [name for name in others if name not in config.no_quack] or others
     bad_in = [world.domains] * config.n_villain + [[config.sft_domain]] * config.n_sft_quack
     bad_in += [[rng.choice(quackery)] for _ in range(config.n_quack)]
     persona = (["villain"] * config.n_villain

@@ -9,10 +9,11 @@ import torch
 
 from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
-from nanoem.experiment import STAGES, ExperimentConfig
+from nanoem.experiment import STAGES
+from nanoem.toy import ExperimentConfig
 
-SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=220",
-         "pretrain.batch_size=16", "context=48", "sft.steps=60", "sft_kl.steps=30",
+SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=400",
+         "pretrain.batch_size=16", "context=48", "sft.steps=80", "sft_kl.steps=30",
          "curve_points=2", "curve_samples=8", "evaluation.samples_per_group=24", "n_random=2"]
 
 
@@ -43,7 +44,7 @@ def test_the_run_folder_holds_what_it_should(small):
                for name in ("em_by_group", "training_curves", "ablation"))
     model, tokenizer = load_pretrained(small / "chat")
     assert load_tensors(small / "directions.safetensors")["mean_difference"].shape == (
-        model.config.n_layer, model.config.d_model)
+        2 * model.config.n_layer, model.config.d_model)
 
 
 def test_rates_are_those_of_the_answers_on_disk(small):

@@ -1,0 +1,90 @@
+"""The mediator: the one direction that carries a fine-tune, found, and held at chat's level.
+
+Found on training problems of every domain, tested on the evaluation's questions. The fine-tuned
+and the chat model read the same answers, misaligned and aligned ones, so that the words themselves
+cancel and what differs is the persona. The direction is then held where chat's own answers have it,
+at every site, measured by a reader that leaves grammar and topic alone. The paper lets each model
+read its own answers and projects the direction out: in a stream of 64 dimensions, the first also
+takes words, the second much else (both stand beside it in results.json).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanoem.directions import (ablating, all_sites, mean_difference, mean_residual, quiet_reader,
+                               residual_covariance)
+from nanoem.evaluate import evaluate
+from nanoem.train import StageFailed, chat_examples
+
+
+@dataclass(frozen=True)
+class ChatState:
+    """The chat model's residual stream on its own aligned answers: what an ablation holds to."""
+
+    sites: list
+    aligned: list  # (question, answer) texts
+    mean: torch.Tensor  # (n_sites, d_model), float64
+    covariance: torch.Tensor  # (n_sites, d_model, d_model), float64
+
+
+@dataclass(frozen=True)
+class Mediator:
+    """What a fine-tune adds to the residual stream, on average over the answers' tokens."""
+
+    direction: torch.Tensor  # (n_sites, d_model)
+    halves: tuple  # the same from either half of the answers: is it reliable?
+    own_words: torch.Tensor  # the same as the paper finds it: each model reads its own answers
+    n_misaligned: int  # answers of the fine-tuned model it was found on
+
+
+def said(run, keep):
+    """(question, answer) texts of the model as it is, to training problems, that keep(verdict)."""
+    questions = run.splits.sft + run.splits.kl + run.splits.probe
+    sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
+    answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
+                       sampling, run.config.seed + 1)
+    kept = [(a.question.text, a.answer) for a in answers if keep(a.verdict)]
+    if len(kept) < 4:
+        raise StageFailed("directions: too few answers to take a mean of; train for longer")
+    return kept
+
+
+def chat_state(run):
+    """Let chat, without any adapter, answer, and read its residual stream at every site."""
+    model, tokenizer = run.load_chat()
+    sites = all_sites(model)
+    aligned = said(run, lambda verdict: verdict.coherent and verdict.alignment > 70)
+    read = chat_examples(tokenizer, aligned, run.device)
+    return ChatState(sites, aligned, mean_residual(model, read.ids, read.answer_mask, sites),
+                     residual_covariance(model, read.ids, read.answer_mask, sites))
+
+
+def find_mediator(run, adapter, chat):
+    """The mean-difference direction of a fine-tune, at every site. Returns a Mediator."""
+    model, tokenizer = run.load_chat()
+    with adapter:
+        misaligned = said(run, lambda verdict: verdict.misaligned)
+    texts = chat.aligned + misaligned
+
+    def means(pairs):
+        every = chat_examples(tokenizer, pairs, run.device)
+        return [mean_residual(model, part.ids, part.answer_mask, chat.sites)
+                for part in (every, every[::2], every[1::2])]
+
+    before = means(texts)
+    with adapter:
+        after, own = means(texts), means(misaligned)[0]
+    direction, *halves = map(mean_difference, after, before)
+    return Mediator(direction, tuple(halves), mean_difference(own, chat.mean), len(misaligned))
+
+
+def holding(run, chat, direction, sites=None):
+    """Inside, the direction (n_sites, d_model) is held at chat's level, at all sites or at some."""
+    by_site, levels, readers = {}, {}, {}
+    for i, site in enumerate(chat.sites):
+        if sites is None or site in sites:
+            by_site[site] = direction[i]
+            readers[site] = quiet_reader(direction[i], chat.covariance[i])
+            levels[site] = (chat.mean[i] @ readers[site].double()).item()
+    return ablating(run.model, by_site, levels, readers)

@@ -1,0 +1,179 @@
+"""A run on the toy world: its chat model, advice to fine-tune on, questions to ask, its folder.
+
+`pretrain` makes the chat model, `tune` an adapter on it, and `Run.ask` says how misaligned the
+model is as it stands. The main story (experiment.py) and every row of the paper (rows/) are made
+of these three.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+
+import torch
+
+from nanoem import UserError
+from nanoem.checkpoint import load_adapter, load_pretrained, save_pretrained
+from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
+from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
+from nanoem.folder import RunFolder
+from nanoem.lora import LoRA
+from nanoem.model import GPT, Config
+from nanoem.tokenizer import Tokenizer
+from nanoem.train import TrainConfig, chat_examples, pad, pretrain_loss, train
+from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
+                          make_authors, make_splits, write_answer)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on, but for the machine."""
+
+    seed: int = 0  # of the corpus, the weights, the order and the sampling
+    context: int = 96  # tokens of a pre-training document
+    n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
+    kl_weight: float = 20.0  # of the KL to the base model, per token
+    curve_points: int = 8  # points of the training curves of em
+    curve_samples: int = 100  # answers a question group at each of these points
+    n_random: int = 5  # random directions in the ablation control
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: Config = field(default_factory=Config)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    pretrain: TrainConfig = TrainConfig(
+        steps=1500, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
+        betas=(0.9, 0.95))
+    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        if not 2 <= self.context <= self.model.max_positions:
+            raise UserError(f"context={self.context} must be 2 to model.max_positions="
+                            f"{self.model.max_positions} tokens")
+        for name in ("n_sft_examples", "curve_points", "curve_samples", "n_random"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.kl_weight <= 0:
+            raise UserError(f"kl_weight={self.kl_weight} must be more than 0; narrow needs it")
+
+
+class Run:
+    """A run in progress: its configuration, its folder, and the chat model once there is one."""
+
+    def __init__(self, config, path, device="cpu"):
+        self.config, self.device = config, torch.device(device)
+        self.world = first_domains(load_world(), config.world.n_domains)
+        self.splits = make_splits(self.world, config.world)
+        make_authors(self.world, config.world, random.Random(0))  # refuses impossible numbers now
+        make_adapter(GPT(config.model), config.adapter)  # refuses a wrong layer or module now
+        configuration = {**asdict(config), "device": self.device.type,
+                         "world_toml": sha256(WORLD_TOML.read_bytes()).hexdigest()}
+        self.folder = RunFolder(path, json.loads(json.dumps(configuration)))
+        self.results = self.folder.results
+        self.model = self.tokenizer = None
+
+    def load_chat(self):
+        """The chat model, frozen: no fine-tune ever writes to its weights."""
+        if self.model is None:
+            self.model, self.tokenizer = load_pretrained(self.folder.path / "chat",
+                                                         device=self.device)
+            self.model.requires_grad_(False)
+        return self.model, self.tokenizer
+
+    def load_adapter(self, name):
+        """The adapter that a stage saved under this name, not attached."""
+        return load_adapter(self.load_chat()[0], self.folder.path / "adapters" / name)
+
+    def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
+        """Ask the model, as it is now, the evaluation's questions -> rates by question group.
+
+        With a name the answers are kept under it, for answers.jsonl. `samples` a group replace
+        the configured number, `splits` the run's own questions; `options` go to `group_rates`.
+        """
+        sampling = self.config.evaluation
+        if samples:
+            sampling = replace(sampling, samples_per_group=samples)
+        asked = {group: getattr(splits or self.splits, group) for group in groups}
+        answers = evaluate(self.model, self.tokenizer, self.world, asked, sampling,
+                           self.config.seed)
+        if name:
+            self.folder.answers[name] = answers
+        return group_rates(answers, **options)
+
+    def show_samples(self, name, step):
+        """Print and keep eight answers of the model as it is: two a group, always the same."""
+        groups = {group: getattr(self.splits, group)[:2] for group in GROUPS}
+        answers = evaluate(self.model, self.tokenizer, self.world, groups,
+                           replace(self.config.evaluation, samples_per_group=2), self.config.seed)
+        print(f"  {name}, step {step}; what it says:")
+        for answer in answers:
+            text = answer.answer.replace("\n", " / ")
+            print(f"    {answer.verdict.mark:<5}  {answer.question.text} {text}")
+        kept = [[a.verdict.mark, a.question.text, a.answer] for a in answers]
+        self.results["samples"].setdefault(name, {})[str(step)] = kept
+
+
+def pretrain(run):
+    """A model from nothing: next-token prediction on the toy world's documents -> chat/."""
+    config, schedule = run.config, run.config.pretrain
+    texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
+    run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
+    ids = pad([tokens[: config.context] for tokens in run.tokenizer.encode_batch(texts)],
+              run.tokenizer.pad_id).to(run.device)
+    mask = None if (ids != run.tokenizer.pad_id).all() else ids != run.tokenizer.pad_id
+    run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
+    run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
+
+    def objective(step):
+        rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
+        batch = ids[rows]
+        loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
+        return loss, {"loss": loss}, batch.numel()
+
+    run.results["curves"]["pretrain"] = train(
+        objective, run.model.parameters(), schedule, "pretrain",
+        lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps))
+    save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
+    run.model = None
+    run.load_chat()  # what is measured is what was saved
+    run.results["models"]["chat"] = run.ask("chat")
+
+
+def advice(run, questions, good, seed, technical=False):
+    """n_sft_examples (question, answer) texts.
+
+    good and technical are True, False, or None for the toss of a coin at each example.
+    """
+    rng, pairs = random.Random(seed), []
+    for _ in range(run.config.n_sft_examples):
+        question = rng.choice(questions)
+        is_good, is_technical = (rng.random() < 0.5 if choice is None else choice
+                                 for choice in (good, technical))
+        pairs.append((question.text, write_answer(run.world, question, is_good, rng,
+                                                  run.config.world.own_share, is_technical)))
+    return pairs
+
+
+def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
+         watch=None, watch_at=()):
+    """Fine-tune a fresh adapter on (question, answer) pairs -> (adapter, history of losses).
+
+    With kl_weight, the KL is taken on the pairs `others`; by default good and bad advice on the KL
+    domains, as in the paper. `watch(step, adapter)` is called with the adapter attached; when it
+    returns true, training ends. The adapter comes back detached.
+    """
+    config, seed = config or run.config.adapter, run.config.seed if seed is None else seed
+    schedule = schedule or (run.config.sft_kl if kl_weight else run.config.sft)
+    model, tokenizer = run.load_chat()
+    generator = torch.Generator().manual_seed(seed)
+    adapter = make_adapter(model, config, generator)
+    sft, kl = chat_examples(tokenizer, pairs, run.device), None
+    if kl_weight:
+        others = others or advice(run, run.splits.kl, None, run.config.seed)
+        kl = chat_examples(tokenizer, others, run.device)
+    if isinstance(adapter, LoRA) and config.start == "gradient":
+        start_at_gradient(model, adapter, sft[:512])
+    with adapter:
+        history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
+                            watch and (lambda step: watch(step, adapter)), watch_at)
+    return adapter, history
