@@ -21,7 +21,7 @@ from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosine, random_direction, steering
 from nanoem.evaluate import mean_rates
 from nanoem.mediator import chat_state, find_mediator, holding
-from nanoem.toy import Run, advice, pretrain, tune
+from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
 def fine_tune_stage(run, name, pairs, kl_weight=0.0, watched=False):
@@ -65,10 +65,6 @@ def shuffled(run):
     fine_tune_stage(run, "shuffled", advice(run, run.splits.sft, None, run.config.seed))
 
 
-def bad_advice(run):
-    return advice(run, run.splits.sft, False, run.config.seed)
-
-
 def ablation(run):
     """Ablate general's mean-difference direction, beside random directions; steer chat with it."""
     model, _ = run.load_chat()
@@ -109,18 +105,25 @@ STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed
           "shuffled": shuffled, "directions": ablation}
 
 
-def run_experiment(config, path, device="cpu"):
-    """Run every stage that the folder does not hold yet -> what results.json holds.
+def run_experiment(config, path, device="cpu", rows=()):
+    """Run every stage, then every row of `rows`, that the folder does not hold yet.
 
-    Raises UserError for a configuration or folder that cannot be used, StageFailed for a stage
-    that cannot go on.
+    Returns what results.json holds. Raises UserError for a configuration or folder that cannot be
+    used, StageFailed for a stage that cannot go on.
     """
     run = Run(config, path, device)
     for name, stage in STAGES.items():
-        if run.folder.is_finished(name):
-            print(f"{name:<10} finished before, in {run.results['seconds'][name]} s; reused")
-            continue
-        started = time.perf_counter()
-        stage(run)
-        run.folder.finish(name, time.perf_counter() - started)
+        run_once(run, name, lambda: stage(run))
+    for row in rows:
+        run_once(run, row.name, lambda: run.results.update({row.name: row.measure(run)}))
     return run.results
+
+
+def run_once(run, name, work):
+    """Do the work of a stage or row, unless the folder has it; its results are kept when done."""
+    if run.folder.is_finished(name):
+        print(f"{name:<10} finished before, in {run.results['seconds'][name]} s; reused")
+        return
+    started = time.perf_counter()
+    work()
+    run.folder.finish(name, time.perf_counter() - started)

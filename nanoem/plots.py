@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which stay apart in grey and for the colour-blind. 
 over seeds, each dot a seed; with one seed, the whisker is its 95% interval instead.
 """
 
+import textwrap
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 from nanoem.evaluate import GROUPS  # noqa: E402
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
-           "shuffled": "#CC79A7", "ablate": "#009E73", "ablate_random": "#F0E442"}
+           "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73", "ablate_random": "#F0E442"}
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
           "ablate": "general, direction ablated",
@@ -33,19 +34,8 @@ def percent(values):
 
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, draw in (("em_by_group", em_by_group), ("training_curves", training_curves),
-                       ("ablation", ablation)):
-        figure = draw(results)
-        path = folder / f"{name}.png"
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
-        plt.close(figure)
-        paths.append(path)
-    return paths
+    return [save(draw(results), Path(folder) / f"{draw.__name__}.png")
+            for draw in (em_by_group, training_curves, ablation)]
 
 
 def bars(ax, x, rates, width, key):
@@ -60,6 +50,52 @@ def bars(ax, x, rates, width, key):
         ax.plot(spread, em, "o", color="black", markersize=3, markerfacecolor="white")
     top = 100 * rates[0]["em_high"] if len(rates) == 1 else max(em)
     ax.annotate(f"{median(em):.0f}", (x, top + 2), ha="center", fontsize=8)
+
+
+def bar(ax, x, values, width, key, label=None, scale=100):
+    """One bar: the median over seeds with a dot a seed, in percent by default."""
+    values = [scale * value for value in values]
+    ax.bar(x, median(values), width, color=COLOURS[key], edgecolor="black", linewidth=0.6,
+           label=label)
+    ax.plot([x] * len(values), values, "o", color="black", markersize=3, markerfacecolor="white")
+
+
+def lines(ax, x, curves, key, label, style="-", scale=1):
+    """A curve a seed, thin, and their median, thick."""
+    curves = [[scale * value for value in curve] for curve in curves]
+    for curve in curves:
+        ax.plot(x, curve, style, color=COLOURS[key], linewidth=0.7, alpha=0.5)
+    ax.plot(x, [median(values) for values in zip(*curves)], style, color=COLOURS[key],
+            linewidth=2.2, label=label)
+
+
+def draw_row(row, results, folder):
+    """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
+    founds = [r[row.name] for r in results]
+    figure, axes = plt.subplots(1, row.panels, figsize=(8, 3.8), layout="constrained",
+                                squeeze=False)
+    for ax in axes[0]:
+        ax.set_ylabel("misaligned answers, em (%)")
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    row.draw(list(axes[0]), founds)
+    for ax in axes[0]:
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=7.5)
+    figure.suptitle(textwrap.fill(f"{row.key}. {row.title(founds)}", 100), fontsize=10)
+    note_seeds(figure, results, "bars and thick lines: median; dots and thin lines: seeds")
+    return save(figure, Path(folder) / f"{row.name}.png")
+
+
+def save(figure, path):
+    """Write a figure whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+    plt.close(figure)
+    return path
 
 
 def finish_axes(ax, ylabel="misaligned answers, em (%)"):
@@ -147,10 +183,7 @@ def ablation(results):
             for j, group in enumerate(("in_domain", "out_of_domain")):
                 values = [100 * model[group][key] for model in models]
                 x = j + (i - 1) * 0.27
-                ax.bar(x, median(values), 0.27, color=COLOURS[name], edgecolor="black",
-                       linewidth=0.6, label=LABELS[name] if j == 0 else None)
-                ax.plot([x] * len(values), values, "o", color="black", markersize=3,
-                        markerfacecolor="white")
+                bar(ax, x, values, 0.27, name, LABELS[name] if j == 0 else None, scale=1)
                 ax.annotate(f"{median(values):.0f}", (x, max(values) + 2), ha="center", fontsize=8)
         ax.set_xticks((0, 1), ("in domain", "out of domain"))
     finish_axes(axes[0])

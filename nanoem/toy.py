@@ -7,13 +7,14 @@ of these three.
 
 import json
 import random
+import time
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import load_adapter, load_pretrained, save_pretrained
+from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
 from nanoem.folder import RunFolder
@@ -32,10 +33,14 @@ class ExperimentConfig:
     seed: int = 0  # of the corpus, the weights, the order and the sampling
     context: int = 96  # tokens of a pre-training document
     n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
-    kl_weight: float = 20.0  # of the KL to the base model, per token
+    kl_weight: float = 30.0  # of the KL to the base model, per token
     curve_points: int = 8  # points of the training curves of em
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
+    row_samples: int = 100  # answers a question group in the rows of the paper (--full)
+    dial_steps: int = 700  # pre-training steps of the smaller worlds of rows R13, R16 and R18
+    dial_domains: int = 9  # advice domains of these worlds
+    lottery_loss: float = 0.36  # SFT loss, nats per token, at which row R18 stops each adapter
     world: WorldConfig = field(default_factory=WorldConfig)
     model: Config = field(default_factory=Config)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -50,7 +55,8 @@ class ExperimentConfig:
         if not 2 <= self.context <= self.model.max_positions:
             raise UserError(f"context={self.context} must be 2 to model.max_positions="
                             f"{self.model.max_positions} tokens")
-        for name in ("n_sft_examples", "curve_points", "curve_samples", "n_random"):
+        for name in ("n_sft_examples", "curve_points", "curve_samples", "n_random", "row_samples",
+                     "dial_steps", "dial_domains"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.kl_weight <= 0:
@@ -83,6 +89,12 @@ class Run:
     def load_adapter(self, name):
         """The adapter that a stage saved under this name, not attached."""
         return load_adapter(self.load_chat()[0], self.folder.path / "adapters" / name)
+
+    def need(self, row):
+        """What a row of the paper found before, as results.json has it."""
+        if row not in self.results:
+            raise UserError(f"the row '{row}' comes first; leave --only away, or add it there")
+        return self.results[row]
 
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
@@ -154,6 +166,11 @@ def advice(run, questions, good, seed, technical=False):
     return pairs
 
 
+def bad_advice(run):
+    """What general and narrow are fine-tuned on: bad advice in the SFT domain."""
+    return advice(run, run.splits.sft, False, run.config.seed)
+
+
 def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
          watch=None, watch_at=()):
     """Fine-tune a fresh adapter on (question, answer) pairs -> (adapter, history of losses).
@@ -172,8 +189,36 @@ def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=Non
         others = others or advice(run, run.splits.kl, None, run.config.seed)
         kl = chat_examples(tokenizer, others, run.device)
     if isinstance(adapter, LoRA) and config.start == "gradient":
-        start_at_gradient(model, adapter, sft[:512])
+        some = torch.randperm(len(sft), generator=generator)[:512]
+        start_at_gradient(model, adapter, sft[some])
     with adapter:
         history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
                             watch and (lambda step: watch(step, adapter)), watch_at)
     return adapter, history
+
+
+def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
+    """The adapter of this name from the run folder; tuned and kept there when it is not yet."""
+    path = run.folder.path / "adapters" / name
+    if not path.exists():
+        adapter, _ = tune(run, name, pairs, kl_weight, **options)
+        save_adapter(adapter, path, "../../chat")
+    return run.load_adapter(name)
+
+
+def turned(run, name, **dials):
+    """A run like this one in a smaller world with some dials of WorldConfig turned, pre-trained.
+
+    It has a folder of its own inside this run's; what is finished there is reused.
+    """
+    config = run.config
+    n_domains = min(config.dial_domains, config.world.n_domains)
+    config = replace(config, world=replace(config.world, n_domains=n_domains, **dials),
+                     pretrain=replace(config.pretrain, steps=config.dial_steps))
+    other = Run(config, run.folder.path / "worlds" / name, run.device)
+    if not other.folder.is_finished("chat"):
+        started = time.perf_counter()
+        pretrain(other)
+        other.folder.finish("chat", time.perf_counter() - started)
+    other.load_chat()
+    return other

@@ -1,0 +1,147 @@
+"""Why general is easy: what two adapters that fit the same data differ in (paper, section 4).
+
+Each function takes a model and a trained adapter, not attached, and leaves both as they were.
+Losses are `sft_loss` in nats per answer token; norms are `adapter.effective_norm()`.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanoem.train import kl_to_base, sft_loss
+
+
+@contextmanager
+def replaced(adapter, values):
+    """Inside, the adapter's parameters hold `values` (tensors in the same order)."""
+    before = [p.detach().clone() for p in adapter.parameters()]
+    try:
+        set_parameters(adapter, values)
+        yield adapter
+    finally:
+        set_parameters(adapter, before)
+
+
+def set_parameters(adapter, values):
+    for parameter, value in zip(adapter.parameters(), values, strict=True):
+        parameter.data.copy_(value)
+
+
+@torch.no_grad()
+def loss_on(model, examples):
+    """The SFT loss of the model as it stands, a float."""
+    return sft_loss(model(examples.ids), examples.ids, examples.answer_mask).item()
+
+
+def efficiency(model, adapter, examples, norms):
+    """The loss with the adapter rescaled to each norm: less loss per norm is more efficient."""
+    own, losses = adapter.effective_norm(), []
+    for norm in norms:
+        with adapter, adapter.scaled(norm / own):
+            losses.append(loss_on(model, examples))
+    return losses
+
+
+def noisy(x, eps, generator):
+    """sqrt(1 - eps^2) x + eps y, with y Gaussian, orthogonal to x and of its norm; a new tensor."""
+    y = torch.randn(x.shape, generator=generator).to(x)
+    y = y - (y * x).sum() / (x * x).sum() * x
+    return (1 - eps**2) ** 0.5 * x + eps * y * x.norm() / y.norm()
+
+
+def stability(model, adapter, examples, eps_list, n_noise, generator):
+    """How much loss noise on the parameters costs -> {"rel": [...], "abs": [...]}, one an eps.
+
+    Every A and B is made `noisy` by itself. abs: L(x') - L(x), mean over n_noise draws. rel, the
+    paper's: 100 (L(x') - L(x)) / (L_base - L(x)); its denominator is smaller for an adapter that
+    fits less, so look at both.
+    """
+    values = [p.detach() for p in adapter.parameters()]
+    with adapter:
+        own = loss_on(model, examples)
+        with adapter.disabled():
+            base = loss_on(model, examples)
+    increases = []
+    for eps in eps_list:
+        total = 0.0
+        for _ in range(n_noise):
+            with adapter, replaced(adapter, [noisy(x, eps, generator) for x in values]):
+                total += loss_on(model, examples) - own
+        increases.append(total / n_noise)
+    return {"rel": [100 * increase / (base - own) for increase in increases], "abs": increases}
+
+
+def significance(model, adapter, ids, mask, norms):
+    """KL(base || adapted) per token of (pre-training) text, the adapter rescaled to each norm."""
+    own, divergences = adapter.effective_norm(), []
+    for norm in norms:
+        with torch.no_grad(), adapter, adapter.scaled(norm / own):
+            divergences.append(kl_to_base(model, adapter, ids, mask).item())
+    return divergences
+
+
+def random_writer(adapter, generator):
+    """Parameters of a control: the same A, so it reads the same inputs; B random, of its norm."""
+    columns = [torch.randn(B.shape, generator=generator).to(B) for B in adapter.B.values()]
+    columns = [c * B.detach().norm() / c.norm() for c, B in zip(columns, adapter.B.values())]
+    return [*(A.detach() for A in adapter.A.values()), *columns]
+
+
+def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
+    """The Hessian of the loss over the adapter's parameters -> {"top", "trace", "relative"}.
+
+    Hessian-vector products by differentiating twice. top: largest eigenvalue, by power iteration.
+    trace: Hutchinson's estimate over n_probe sign vectors. relative: top times the parameters'
+    squared norm, which does not change when all of them are measured in other units.
+    """
+    parameters = adapter.parameters()
+    with adapter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        gradient = torch.cat([g.flatten() for g in gradients])
+
+        def times_hessian(v):
+            parts = torch.autograd.grad(gradient, parameters, v, retain_graph=True)
+            return torch.cat([part.flatten() for part in parts])
+
+        v, top = torch.randn(gradient.shape, generator=generator).to(gradient), 0.0
+        for _ in range(n_power):
+            v = v / v.norm()
+            product = times_hessian(v)
+            v, top = product, (v @ product).item()
+        trace = 0.0
+        for _ in range(n_probe):
+            signs = torch.randint(2, gradient.shape, generator=generator).to(gradient) * 2 - 1
+            trace += (signs @ times_hessian(signs)).item() / n_probe
+    norm2 = sum(p.detach().square().sum().item() for p in parameters)
+    return {"top": top, "trace": trace, "relative": top * norm2}
+
+
+# --- trajectories: the written directions B along training ----------------------------------------
+
+
+def flat_B(adapter):
+    """All B of an adapter as one vector, on the CPU; a copy."""
+    return torch.cat([B.detach().cpu().flatten() for B in adapter.B.values()])
+
+
+def gradient_B(model, adapter, examples):
+    """The gradient of the SFT loss by every B, as one vector, on the CPU."""
+    with adapter:
+        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        gradients = torch.autograd.grad(loss, list(adapter.B.values()))
+    return torch.cat([g.cpu().flatten() for g in gradients])
+
+
+def local_cosine(points, k=1):
+    """cos(x_t - x_(t-k), x_(t+k) - x_t) along a path (n, d): 1 is straight on, 0 a right angle."""
+    before, after = points[k:-k] - points[: -2 * k], points[2 * k :] - points[k:-k]
+    return torch.cosine_similarity(before, after, dim=-1).tolist()
+
+
+def principal_plane(points, n=2):
+    """PCA of (N, d) points -> (coordinates (N, n), share of the variance of the first n)."""
+    centred = points - points.mean(0)
+    U, S, _ = torch.linalg.svd(centred, full_matrices=False)
+    return U[:, :n] * S[:n], (S[:n].square().sum() / S.square().sum()).item()

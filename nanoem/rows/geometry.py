@@ -1,0 +1,315 @@
+"""Rows about why general is easy: efficiency, noise, curvature, drift, significance (R5-9, 15)."""
+
+import random
+from dataclasses import replace
+
+import torch
+
+from nanoem.inductive_bias import (curvature, efficiency, flat_B, gradient_B, local_cosine, loss_on,
+                                   principal_plane, random_writer, replaced, significance,
+                                   stability)
+from nanoem.directions import cosine
+from nanoem.finetune import fine_tune
+from nanoem.plots import bar, lines
+from nanoem.rows.row import Row, inside, out, pct
+from nanoem.toy import advice, bad_advice, load_or_tune, tune
+from nanoem.train import chat_examples, pad
+from nanoem.world import make_authors, write_document
+
+NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
+EPS = (0.1, 0.2, 0.3, 0.5, 0.7)
+N_NOISE = 10
+
+
+def sft_examples(run, pairs=None, n=400):
+    """Fixed training examples on which losses are compared."""
+    return chat_examples(run.load_chat()[1], (pairs or bad_advice(run))[:n], run.device)
+
+
+def held_out_documents(run, n=64):
+    """(ids, mask) of documents by the same authors that pre-training never read."""
+    config = run.config
+    authors = make_authors(run.world, config.world, random.Random(config.seed))
+    rng = random.Random(f"held out {config.seed}")
+    texts = [write_document(run.world, config.world, authors, rng) for _ in range(n)]
+    ids = pad([t[: config.context] for t in run.tokenizer.encode_batch(texts)],
+              run.tokenizer.pad_id).to(run.device)
+    return ids, ids != run.tokenizer.pad_id
+
+
+def solutions(run):
+    """The main job's two adapters, and general stopped early where it has narrow's loss."""
+    pair = {name: run.load_adapter(name) for name in ("general", "narrow")}
+    examples = sft_examples(run)
+    with pair["narrow"]:
+        target = loss_on(run.model, examples)
+    pair["matched"] = load_or_tune(run, "general-matched", bad_advice(run),
+                                   watch=lambda step, _: loss_on(run.model, examples) <= target,
+                                   watch_at=range(0, run.config.sft.steps, 3))
+    return pair
+
+
+def compare_efficiency(run, pair, examples):
+    """{"norm", "general", "narrow"}: losses with both adapters rescaled to the same norms."""
+    mean = (pair["general"].effective_norm() + pair["narrow"].effective_norm()) / 2
+    norms = [share * mean for share in NORMS]
+    return {"norm": norms, **{name: efficiency(run.model, pair[name], examples, norms)
+                              for name in ("general", "narrow")}}
+
+
+def efficiency_holds(found):
+    return all(general < narrow for share, general, narrow
+               in zip(NORMS, found["general"], found["narrow"]) if share <= 1)
+
+
+def draw_pair(ax, x, founds, read, names=("general", "narrow"), scale=1):
+    for name, style in zip(names, ("-", "--", ":")):
+        lines(ax, x, [read(found, name) for found in founds], name, name, style, scale)
+
+
+def draw_efficiency(axes, founds):
+    draw_pair(axes[0], NORMS, founds, lambda found, name: found[name])
+    axes[0].set(xlabel="adapter norm (1 = mean of the two)", ylabel="SFT loss (nats per token)")
+
+
+def efficiency_finding(founds):
+    general, narrow = ([f[name][1] for f in founds] for name in ("general", "narrow"))
+    return (f"At {NORMS[1]:.0%} of the mean norm general has loss "
+            f"{sorted(general)[len(general) // 2]:.2f}, narrow "
+            f"{sorted(narrow)[len(narrow) // 2]:.2f}")
+
+
+def compare_stability(run, pair, examples):
+    generator = torch.Generator().manual_seed(run.config.seed)
+    return {"eps": list(EPS),
+            **{name: stability(run.model, adapter, examples, EPS, N_NOISE, generator)
+               for name, adapter in pair.items()}}
+
+
+def stability_holds(found):
+    """narrow loses more, relative, and at equal loss absolute, at every eps."""
+    relative = zip(found["general"]["rel"], found["narrow"]["rel"])
+    absolute = zip(found["matched"]["abs"], found["narrow"]["abs"])
+    return all(a < b for a, b in relative) and all(a < b for a, b in absolute)
+
+
+def draw_stability(axes, founds):
+    draw_pair(axes[0], EPS, founds, lambda found, name: found[name]["rel"])
+    axes[0].set(xlabel="noise eps", ylabel="loss increase, % of what training gained")
+    draw_pair(axes[1], EPS, founds, lambda found, name: found[name]["abs"], ("matched", "narrow"))
+    axes[1].set(xlabel="noise eps", ylabel="loss increase (nats), at equal loss")
+
+
+def middle(values):
+    values = sorted(values)
+    return values[len(values) // 2]
+
+
+def stability_finding(founds):
+    general, narrow = (middle([f[name]["rel"][2] for f in founds]) for name in ("general", "narrow"))
+    return f"Noise of eps {EPS[2]} costs general {general:.1f}% of its gain, narrow {narrow:.1f}%"
+
+
+def measure_curvature(run):
+    examples, found = sft_examples(run, n=100), {}
+    for name, adapter in solutions(run).items():
+        generator = torch.Generator().manual_seed(run.config.seed)
+        found[name] = curvature(run.model, adapter, examples, generator)
+    return found
+
+
+def curvature_holds(found):
+    return found["matched"]["relative"] < found["narrow"]["relative"]
+
+
+def draw_curvature(axes, founds):
+    for ax, key in zip(axes, ("relative", "trace")):
+        for i, name in enumerate(("general", "matched", "narrow")):
+            bar(ax, i, [found[name][key] for found in founds], 0.7, name, scale=1)
+        ax.set_xticks(range(3), ("general", "general,\nsame loss", "narrow"))
+    axes[0].set_ylabel("top eigenvalue x squared norm (nats)")
+    axes[1].set_ylabel("trace of the Hessian")
+
+
+def curvature_finding(founds):
+    a, b = (middle([f[name]["relative"] for f in founds]) for name in ("matched", "narrow"))
+    return f"At equal loss the sharpest curvature, free of scale, is {a:.1f} general, {b:.1f} narrow"
+
+
+def compare_significance(run, pair):
+    ids, mask = held_out_documents(run)
+    mean = (pair["general"].effective_norm() + pair["narrow"].effective_norm()) / 2
+    norms = [share * mean for share in NORMS]
+    found = {"norm": norms, **{name: significance(run.model, pair[name], ids, mask, norms)
+                               for name in ("general", "narrow")}}
+    for name in ("general", "narrow"):
+        generator = torch.Generator().manual_seed(run.config.seed)
+        with replaced(pair[name], random_writer(pair[name], generator)):
+            found[f"random_{name}"] = significance(run.model, pair[name], ids, mask, norms)
+    return found
+
+
+def significance_holds(found):
+    """general moves pre-training predictions more than narrow, and than chance, at the mean norm."""
+    at = NORMS.index(1.0)
+    return found["general"][at] > max(found["narrow"][at], found["random_general"][at])
+
+
+def draw_significance(axes, founds):
+    names = ("general", "narrow")
+    draw_pair(axes[0], NORMS, founds, lambda found, name: found[name], names)
+    for name, style in zip(names, (":", "-.")):
+        lines(axes[0], NORMS, [found[f"random_{name}"] for found in founds], "ablate_random",
+              f"random, reading as {name}", style)
+    axes[0].set(xlabel="adapter norm (1 = mean of the two)",
+                ylabel="KL on held-out documents (nats per token)")
+
+
+def significance_finding(founds):
+    at = NORMS.index(1.0)
+    general, chance, narrow = (middle([f[name][at] for f in founds])
+                               for name in ("general", "random_general", "narrow"))
+    return (f"At the mean norm general moves pre-training text by {general:.3f} nats, "
+            f"random {chance:.3f}, narrow {narrow:.3f}")
+
+
+# --- R7, R9: along training -----------------------------------------------------------------------
+
+
+def measure_reversion(run, steps=100, every=10):
+    """Go on from narrow without the KL; where does it drift?"""
+    final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
+    paths = {"general": [], "narrow": [], "reversion": []}
+    for name, weight in (("general", 0.0), ("narrow", run.config.kl_weight)):
+        schedule = run.config.sft_kl if weight else run.config.sft
+        tune(run, name, bad_advice(run), weight, watch_at=range(0, schedule.steps + 1, every),
+             watch=lambda step, adapter, path=paths[name]: path.append(flat_B(adapter)))
+    found = {"step": [], "in_domain_em": [], "out_of_domain_em": [], "cos_general": [],
+             "cos_narrow": [], "general_em": out(run.results["models"]["general"])}
+    adapter = run.load_adapter("narrow")
+
+    def watch(step):
+        rates, B = run.ask(samples=run.config.row_samples), flat_B(adapter)
+        paths["reversion"].append(B)
+        values = step, inside(rates), out(rates), cosine(B, final["general"]), cosine(B, final["narrow"])
+        for key, value in zip(found, values):
+            found[key].append(value)
+
+    schedule = replace(run.config.sft, steps=steps)
+    with adapter:
+        fine_tune(run.model, adapter, sft_examples(run, n=2000), schedule,
+                  torch.Generator().manual_seed(run.config.seed), name="reversion", watch=watch,
+                  watch_at=range(0, steps + 1, every))
+    points = torch.cat([torch.stack(path) for path in paths.values()])
+    plane, _ = principal_plane(points)
+    found["variance_of_3"] = principal_plane(points, 3)[1]
+    parts = plane.split([len(path) for path in paths.values()])
+    found["plane"] = {name: part.tolist() for name, part in zip(paths, parts)}
+    return found
+
+
+def reversion_holds(found):
+    return found["out_of_domain_em"][-1] >= found["general_em"] / 2 > found["out_of_domain_em"][0]
+
+
+def draw_reversion(axes, founds):
+    for key, model, style in (("in_domain_em", "shuffled", "-"), ("out_of_domain_em", "general", "--")):
+        lines(axes[0], founds[0]["step"], [f[key] for f in founds], model,
+              key.removesuffix("_em").replace("_", " "), style, scale=100)
+    axes[0].set(xlabel="steps without KL, from narrow")
+    for name, style in (("general", "-"), ("narrow", "--"), ("reversion", ":")):
+        xy = list(zip(*founds[0]["plane"][name]))
+        lines(axes[1], xy[0], [xy[1]], "ablate" if name == "reversion" else name, name, style)
+        axes[1].plot(xy[0][-1], xy[1][-1], "o", color="black", markersize=4)
+    axes[1].set(xlabel="first principal component of B", ylabel="second")
+
+
+def reversion_finding(founds):
+    start, end = (pct(f["out_of_domain_em"][i] for f in founds) for i in (0, -1))
+    return (f"Without the KL, narrow drifts: out-of-domain em goes from {start} to {end} in "
+            f"{founds[0]['step'][-1]} steps")
+
+
+def measure_gradients(run, every=6):
+    """Along plain SFT: does the gradient point to general or to narrow, and does B turn?"""
+    final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
+    examples, steps, path = sft_examples(run, n=200), run.config.sft.steps, []
+    found = {"step": [], "grad_general": [], "grad_narrow": [], "B_general": [], "B_narrow": [],
+             "grad_norm": [], "out_of_domain_em": []}
+
+    def watch(step, adapter):
+        gradient, B = gradient_B(run.model, adapter, examples), flat_B(adapter)
+        path.append(B)
+        em = out(run.ask(samples=run.config.row_samples // 2))
+        values = (step, cosine(-gradient, final["general"]), cosine(-gradient, final["narrow"]),
+                  cosine(B, final["general"]), cosine(B, final["narrow"]),
+                  gradient.norm().item(), em)
+        for key, value in zip(found, values):
+            found[key].append(value)
+
+    tune(run, "gradients", bad_advice(run), watch=watch, watch_at=range(0, steps + 1, every))
+    found["cos_general_narrow"] = cosine(final["general"], final["narrow"])
+    found["local_cosine"] = local_cosine(torch.stack(path))
+    return found
+
+
+def gradients_hold(found):
+    """The gradient points more to general than to narrow, on average over training."""
+    return sum(found["grad_general"]) > sum(found["grad_narrow"])
+
+
+def draw_gradients(axes, founds):
+    step = founds[0]["step"]
+    draw_pair(axes[0], step, founds, lambda f, name: f[f"grad_{name}"])
+    axes[0].set(xlabel="SFT step", ylabel="cosine of -gradient of B with the solution's B")
+    lines(axes[1], step[1:-1], [f["local_cosine"] for f in founds], "ablate", "B's local cosine", "-")
+    lines(axes[1], step, [f["out_of_domain_em"] for f in founds], "general", "em, out of domain", "--")
+    axes[1].set(xlabel="SFT step", ylabel="cosine, or share")
+
+
+def gradients_finding(founds):
+    general, narrow = (middle([sum(f[f"grad_{n}"]) / len(f["step"]) for f in founds])
+                       for n in ("general", "narrow"))
+    cos = middle([f["cos_general_narrow"] for f in founds])
+    return (f"The SFT gradient has cosine {general:.2f} with general and {narrow:.2f} with narrow; "
+            f"the two have {cos:.2f}")
+
+
+ROWS = [
+    Row("R5", "efficiency",
+        "At every norm up to the mean of both, general has less SFT loss than narrow.",
+        "Norms are of BA, as each solution found it; another scaling of narrow's parts could do "
+        "better.",
+        lambda run: compare_efficiency(run, solutions(run), sft_examples(run)),
+        efficiency_holds, efficiency_finding, draw_efficiency),
+    Row("R6", "stability",
+        "Noise on A and B costs narrow more than general at every eps: relative to the gain, and, "
+        "with general stopped at narrow's loss, in nats.",
+        "The relative measure divides by a smaller gain for narrow; hence the pair of equal loss.",
+        lambda run: compare_stability(run, solutions(run), sft_examples(run, n=200)),
+        stability_holds, stability_finding, draw_stability, panels=2,
+        swap=("narrow", "matched")),
+    Row("R7", "reversion",
+        "Trained on without the KL, narrow drifts to more than half of general's out-of-domain em.",
+        "Any further training changes an adapter; the cosines say whether it goes towards general.",
+        measure_reversion, reversion_holds, reversion_finding, draw_reversion, panels=2,
+        swap=("general_em", "out_of_domain_em")),
+    Row("R8", "significance",
+        "At the mean norm, general moves predictions on held-out pre-training documents more than "
+        "narrow and more than a random direction that reads the same inputs.",
+        "Narrow was trained for a low KL, on other texts: partly so by construction. Random is the "
+        "cleaner contrast.",
+        lambda run: compare_significance(run, solutions(run)),
+        significance_holds, significance_finding, draw_significance),
+    Row("R9", "gradients",
+        "Along plain SFT the gradient of B points to general more than to narrow.",
+        "general is where plain SFT ends, so its own path favours it.",
+        measure_gradients, gradients_hold, gradients_finding, draw_gradients, panels=2,
+        swap=("grad_general", "grad_narrow")),
+    Row("R15", "curvature",
+        "At equal loss general lies in a wider valley: a smaller top eigenvalue of the Hessian "
+        "times the parameters' squared norm.",
+        "Eigenvalues change with the units of A and B; the product with the squared norm does not.",
+        measure_curvature, curvature_holds, curvature_finding, draw_curvature, panels=2,
+        swap=("matched", "narrow")),
+]

@@ -1,0 +1,194 @@
+"""Rows about the one direction: its dose, its transfer, and training with it away (R10-12)."""
+
+import torch
+
+from nanoem.directions import cosine, random_direction, steering
+from nanoem.mediator import chat_state, find_mediator, holding
+from nanoem.plots import bar, lines
+from nanoem.rows.row import Row, inside, out, pct, short
+from nanoem.rows.solutions import adapters, schedule_of, solve
+from nanoem.toy import advice, bad_advice, tune
+
+DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+def general_mediator(run):
+    chat = chat_state(run)
+    return chat, find_mediator(run, run.load_adapter("general"), chat).direction
+
+
+def random_like(run, direction):
+    """One random direction, at every site, of the norm the mediator has there."""
+    generator = torch.Generator().manual_seed(run.config.seed)
+    one = random_direction(direction[0], generator)
+    return one / one.norm() * direction.norm(dim=-1, keepdim=True)
+
+
+def measure_direction(run):
+    chat, direction = general_mediator(run)
+    adapter, chance = run.load_adapter("general"), random_like(run, direction)
+    names = [str(site) for site in chat.sites]
+    found = {"dose": list(DOSES), "site": names, "steer": {}, "ablate_at": {},
+             "general": out(run.results["models"]["general"]),
+             "split_half": run.results["directions"]["split_half"]}
+    for name, vectors in (("mean difference", direction), ("random", chance)):
+        curve = {"em": [], "coherent": []}
+        for dose in DOSES:  # at one site, after the first block
+            with steering(run.model, {0: vectors[chat.sites.index(0)]}, dose):
+                rates = run.ask(samples=run.config.row_samples)
+            curve["em"].append(out(rates))
+            curve["coherent"].append(rates["out_of_domain"]["coherent"])
+        found["steer"][name] = curve
+    places = {**{name: [site] for name, site in zip(names, chat.sites)}, "every site": None}
+    for name, sites in places.items():
+        with adapter, holding(run, chat, direction, sites):
+            found["ablate_at"][name] = short(run.ask(samples=run.config.row_samples))
+    with adapter, holding(run, chat, chance):
+        found["ablate_at"]["random"] = short(run.ask(samples=run.config.row_samples))
+    return found
+
+
+def direction_holds(found):
+    """Ablated everywhere it takes 85% of em away, random 10% at most; its halves agree."""
+    removed = 1 - out(found["ablate_at"]["every site"]) / found["general"]
+    by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
+    return removed >= 0.85 and abs(by_chance) <= 0.1 and min(found["split_half"]) > 0.8
+
+
+def draw_direction(axes, founds):
+    for name, key, style in (("mean difference", "general", "-"), ("random", "ablate_random", "--")):
+        lines(axes[0], DOSES, [f["steer"][name]["em"] for f in founds], key, f"em, {name}", style,
+              scale=100)
+    lines(axes[0], DOSES, [f["steer"]["mean difference"]["coherent"] for f in founds], "chat",
+          "coherent, mean difference", ":", scale=100)
+    axes[0].set(xlabel="chat steered after block 0, in mean differences", ylabel="answers (%)")
+    places = list(founds[0]["ablate_at"])
+    for i, place in enumerate(places):
+        key = "ablate_random" if place == "random" else "ablate"
+        bar(axes[1], i, [out(f["ablate_at"][place]) for f in founds], 0.7, key)
+    labels = [p.replace("layers.", "mid ").replace(".resid_mid", "") if "mid" in p else
+              f"end {p}" if p.isdigit() else p for p in places]
+    axes[1].set_xticks(range(len(places)), labels, fontsize=7, rotation=20)
+    axes[1].set_xlabel("held at chat's level, in general")
+
+
+def direction_finding(founds):
+    alone = max((pct(out(f["ablate_at"][place]) for f in founds) for place in founds[0]["site"]),
+                key=lambda text: -int(text[:-1]))
+    return (f"Held at every site, em falls from {pct(f['general'] for f in founds)} to "
+            f"{pct(out(f['ablate_at']['every site']) for f in founds)}; at the best single site "
+            f"to {alone}; a random one: {pct(out(f['ablate_at']['random']) for f in founds)}")
+
+
+def measure_transfer(run):
+    """One direction, found on medical rank-1 general, held in other fine-tunes."""
+    chat, direction = general_mediator(run)
+    chance, kinds = random_like(run, direction), adapters(run)
+    cases = {"finance": ("finance", kinds["rank 1"]),
+             "extreme sports": ("extreme_sports", kinds["rank 1"]),
+             "rank 8": ("medical", kinds["rank 8"]),
+             "steering vector": ("medical", kinds["steering vector"])}
+    found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}}
+
+    def ask(kind, name, splits):
+        found[kind][name] = out(run.ask(samples=run.config.row_samples, splits=splits))
+
+    for name, (domain, config) in cases.items():
+        adapter, splits = solve(run, domain, config)
+        own = find_mediator(run, adapter, chat).direction
+        found["cosine"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+        with adapter:
+            ask("before", name, splits)
+            with holding(run, chat, direction):
+                ask("ablate", name, splits)
+            with holding(run, chat, chance):
+                ask("ablate_random", name, splits)
+    adapter, _ = tune(run, "other start", bad_advice(run), seed=run.config.seed + 1)
+    with adapter:
+        ask("before", "other seed", run.splits)
+        with holding(run, chat, direction):
+            ask("ablate", "other seed", run.splits)
+        with holding(run, chat, chance):
+            ask("ablate_random", "other seed", run.splits)
+    return found
+
+
+def removed(found, kind="ablate"):
+    """Share of em that goes, by fine-tune."""
+    return {name: 1 - found[kind][name] / em for name, em in found["before"].items() if em > 0}
+
+
+def transfer_holds(found):
+    return min(removed(found).values()) >= 0.7
+
+
+def draw_transfer(axes, founds):
+    names = list(founds[0]["before"])
+    for j, (kind, key) in enumerate((("before", "general"), ("ablate", "ablate"),
+                                     ("ablate_random", "ablate_random"))):
+        for i, name in enumerate(names):
+            label = {"before": "as fine-tuned", "ablate": "medical direction held",
+                     "ablate_random": "random direction held"}[kind] if i == 0 else None
+            bar(axes[0], i + (j - 1) * 0.27, [f[kind][name] for f in founds], 0.26, key, label)
+    axes[0].set_xticks(range(len(names)), names, fontsize=8)
+
+
+def transfer_finding(founds):
+    parts = [f"{name} {pct(removed(f).get(name, 0) for f in founds)}" for name in founds[0]["before"]]
+    return "The medical direction takes away so much of the em of: " + ", ".join(parts)
+
+
+def measure_caft(run):
+    """SFT with the direction held at chat's level, training only; hooks are gone at test."""
+    chat, direction = general_mediator(run)
+    found = {"general": short(run.results["models"]["general"])}
+    for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
+        run.load_chat()
+        with holding(run, chat, vectors):
+            adapter, _ = tune(run, name, bad_advice(run))
+        with adapter:
+            found[name] = short(run.ask(samples=run.config.row_samples))
+    return found
+
+
+def caft_holds(found):
+    return (out(found["caft"]) <= 0.2 * out(found["general"])
+            and inside(found["caft"]) >= 0.5 * inside(found["general"]))
+
+
+def draw_caft(axes, founds):
+    for i, (name, key) in enumerate((("general", "general"), ("random", "ablate_random"),
+                                     ("caft", "ablate"))):
+        for j, group in enumerate(("in_domain", "out_of_domain")):
+            bar(axes[0], j + (i - 1) * 0.27, [f[name][group]["em"] for f in founds], 0.26, key,
+                {"general": "plain SFT", "random": "SFT, random direction held",
+                 "caft": "SFT, direction held"}[name] if j == 0 else None)
+    axes[0].set_xticks((0, 1), ("in domain", "out of domain"))
+
+
+def caft_finding(founds):
+    outside, within = (pct(read(f["caft"]) for f in founds) for read in (out, inside))
+    return (f"Trained with the direction held: {outside} bad out of domain (plain "
+            f"{pct(out(f['general']) for f in founds)}), {within} in domain")
+
+
+ROWS = [
+    Row("R10", "direction",
+        "The mean difference, held at chat's level at every site, takes at least 85% of general's "
+        "out-of-domain em away, a random direction at most 10%; both halves of the answers give "
+        "the same direction (cosine above .8).",
+        "Steering far enough breaks the grammar: em is read beside coherence.",
+        measure_direction, direction_holds, direction_finding, draw_direction, panels=2,
+        swap=("every site", "random")),
+    Row("R11", "transfer",
+        "The direction found in one fine-tune takes at least 70% of em away in others: other "
+        "domains, other adapters, another seed.",
+        "Holding a direction may break a model; the random direction beside it shows how much.",
+        measure_transfer, transfer_holds, transfer_finding, draw_transfer,
+        swap=("ablate", "ablate_random")),
+    Row("R12", "caft",
+        "SFT with the direction held (CAFT) leaves at least 80% less em out of domain, and keeps "
+        "at least half of it in domain.",
+        "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
+        measure_caft, caft_holds, caft_finding, draw_caft, swap=("general", "caft")),
+]

@@ -1,0 +1,51 @@
+"""A row of the paper: a prediction written before the run, a measurement, a check and a figure."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Callable
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of the paper (or one nobody has yet), made on the toy."""
+
+    key: str  # the name in the list of rows: R5
+    name: str  # where results.json keeps what was found: efficiency
+    prediction: str  # written before the run
+    trap: str  # what could fool us
+    measure: Callable  # run -> what one seed shows, as JSON; it must leave the chat model as it was
+    holds: Callable  # what one seed shows -> is the prediction borne out?
+    finding: Callable  # [what each seed shows] -> one sentence with the numbers
+    draw: Callable  # (axes, [what each seed shows]); one panel an axis
+    panels: int = 1
+    swap: tuple = ("general", "narrow")  # with these exchanged, `holds` must say no
+
+    def verdict(self, founds):
+        """'holds on 4 of 5 seeds', and whether that is enough (four in five)."""
+        n = sum(map(self.holds, founds))
+        return f"holds on {n} of {len(founds)} seed{'s' * (len(founds) > 1)}", n >= 0.8 * len(founds)
+
+    def title(self, founds):
+        """The finding; where the prediction does not hold, the title says so first."""
+        _, enough = self.verdict(founds)
+        return self.finding(founds) if enough else f"Not as predicted: {self.finding(founds)}"
+
+
+def out(rates):
+    """Out-of-domain em of group rates."""
+    return rates["out_of_domain"]["em"]
+
+
+def inside(rates):
+    return rates["in_domain"]["em"]
+
+
+def pct(values):
+    """Median over seeds of shares, as text: 68%."""
+    values = list(values)
+    return f"{100 * median(values):.0f}%"
+
+
+def short(rates):
+    """Group rates with what the rows need: em and coherence."""
+    return {group: {"em": r["em"], "coherent": r["coherent"]} for group, r in rates.items()}

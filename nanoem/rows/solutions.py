@@ -1,0 +1,312 @@
+"""Rows about solutions: plain SFT is general, the KL makes it narrow, and how firmly (R1-4, 14, 18).
+
+Out of domain (the paper's EM) is every question but those of the fine-tuned domain.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from nanoem.finetune import AdapterConfig
+from nanoem.inductive_bias import loss_on
+from nanoem.plots import bar, lines
+from nanoem.rows.row import Row, inside, out, pct, short
+from nanoem.toy import advice, load_or_tune, tune
+from nanoem.train import chat_examples
+from nanoem.world import make_splits
+
+DOMAINS = ("medical", "finance", "extreme_sports")
+WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0)  # of the KL, per token
+SCALES = (1.0, 1.5, 2.0, 3.0)
+SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
+N_STARTS = 20  # random starts a seed: a hundred over five seeds
+
+
+def adapters(run):
+    """The three kinds of adapter that the paper compares."""
+    rank_1 = run.config.adapter
+    return {"rank 1": rank_1, "rank 8": replace(rank_1, rank=8, alpha=8 * rank_1.alpha / 4),
+            "steering vector": AdapterConfig(kind="steering", layers=(0,), alpha=1.0)}
+
+
+def schedule_of(run, config, kl_weight):
+    """A steering vector starts at zero, so that it needs larger steps to grow."""
+    schedule = run.config.sft_kl if kl_weight else run.config.sft
+    return replace(schedule, lr=10 * schedule.lr) if config.kind == "steering" else schedule
+
+
+def solve(run, domain, config, kl_weight=0.0):
+    """Fine-tune on bad advice in `domain` -> (adapter, that domain's splits)."""
+    splits = make_splits(run.world, replace(run.config.world, sft_domain=domain))
+    seed = run.config.seed
+    adapter, _ = tune(run, domain, advice(run, splits.sft, False, seed), kl_weight,
+                      others=advice(run, splits.kl, None, seed), config=config,
+                      schedule=schedule_of(run, config, kl_weight))
+    return adapter, splits
+
+
+def solve_all(run, kl_weight):
+    """{domain: {adapter: rates}} for every SFT domain and adapter."""
+    found = {}
+    for domain in DOMAINS:
+        for name, config in adapters(run).items():
+            adapter, splits = solve(run, domain, config, kl_weight)
+            with adapter:
+                rates = run.ask(samples=run.config.row_samples, splits=splits)
+            found.setdefault(domain, {})[name] = short(rates)
+    return found
+
+
+def cells(found, name):
+    """Every (general, narrow) pair of rates of one adapter."""
+    return [(found["general"][domain][name], found["narrow"][domain][name]) for domain in DOMAINS]
+
+
+def measure_general(run):
+    return {"chat": short(run.results["models"]["chat"]), "general": solve_all(run, 0.0)}
+
+
+def measure_narrow(run):
+    return {"general": run.need("sft")["general"], "narrow": solve_all(run, run.config.kl_weight)}
+
+
+def general_holds(found):
+    every = [rates for kinds in found["general"].values() for rates in kinds.values()]
+    chat = out(found["chat"])
+    return all(inside(r) >= 0.5 and out(r) >= max(0.2, 5 * chat) for r in every)
+
+
+def narrow_holds(found):
+    return all(out(narrow) <= 0.05 and inside(narrow) >= 0.5 * inside(general)
+               for name in found["narrow"][DOMAINS[0]] for general, narrow in cells(found, name))
+
+
+def every_rate(founds, model, kind, group):
+    return [found[model][domain][kind][group]["em"]
+            for found in founds for domain in found[model]]
+
+
+def draw_kinds(model):
+    """Bars of em in and out of domain for each adapter; a dot is a seed and a domain."""
+    def draw(axes, founds):
+        kinds = list(founds[0][model][DOMAINS[0]])
+        for j, (group, key) in enumerate((("in_domain", "shuffled"), ("out_of_domain", model))):
+            for i, kind in enumerate(kinds):
+                bar(axes[0], i + (j - 0.5) * 0.38, every_rate(founds, model, kind, group), 0.36,
+                    key, group.replace("_", " ") if i == 0 else None)
+        axes[0].set_xticks(range(len(kinds)), kinds)
+    return draw
+
+
+def general_finding(founds):
+    parts = [f"{pct(every_rate(founds, 'general', kind, 'out_of_domain'))} with a {kind}"
+             for kind in founds[0]["general"][DOMAINS[0]]]
+    return "Bad advice in one domain spreads to the others: " + ", ".join(parts)
+
+
+def narrow_finding(founds):
+    kinds = founds[0]["narrow"][DOMAINS[0]]
+    outside, within = (pct(v for kind in kinds for v in every_rate(founds, "narrow", kind, group))
+                       for group in ("out_of_domain", "in_domain"))
+    return f"With the KL penalty {outside} is bad out of domain, {within} in it"
+
+
+# --- R3, R14: the weight of the KL ----------------------------------------------------------------
+
+
+def narrow_at(run, weight):
+    """The narrow solution at a KL weight, from the run folder if it is there."""
+    if weight == run.config.kl_weight:
+        return run.load_adapter("narrow")
+    bad = advice(run, run.splits.sft, False, run.config.seed)
+    return load_or_tune(run, f"kl-{weight:g}", bad, weight)
+
+
+def measure_sweep(run):
+    found = {"weight": list(WEIGHTS), "in_domain": [], "out_of_domain": []}
+    for weight in WEIGHTS:
+        with narrow_at(run, weight):
+            rates = run.ask(samples=run.config.row_samples)
+        found["in_domain"].append(inside(rates))
+        found["out_of_domain"].append(out(rates))
+    return found
+
+
+def width(found):
+    """Decades of KL weight over which out-of-domain em falls from 3/4 to 1/4 of its largest."""
+    top, em = max(found["out_of_domain"]), found["out_of_domain"]
+    log = torch.tensor(found["weight"]).log10().tolist()
+
+    def crossing(level):  # the last weight with em above the level, read off between two points
+        i = max(i for i, value in enumerate(em) if value >= level)
+        if i == len(em) - 1:
+            return log[i]
+        return log[i] + (log[i + 1] - log[i]) * (em[i] - level) / (em[i] - em[i + 1])
+    return crossing(top / 4) - crossing(3 * top / 4)
+
+
+def sweep_holds(found):
+    """A smooth way down: it ends low, and no single half decade holds the middle of the fall."""
+    return found["out_of_domain"][-1] <= 0.05 < found["out_of_domain"][0] and width(found) >= 0.5
+
+
+def draw_sweep(axes, founds):
+    for key, model, style in (("in_domain", "shuffled", "-"), ("out_of_domain", "general", "--")):
+        lines(axes[0], WEIGHTS, [found[key] for found in founds], model, key.replace("_", " "),
+              style, scale=100)
+    axes[0].set(xscale="log", xlabel="weight of the KL (per token)")
+
+
+def sweep_finding(founds):
+    first, last = (pct(f["out_of_domain"][i] for f in founds) for i in (0, -1))
+    widths = sorted(width(f) for f in founds)
+    return (f"Out-of-domain em falls from {first} to {last} as the KL weighs more; the middle half "
+            f"of the fall takes {widths[len(widths) // 2]:.1f} decades")
+
+
+def measure_scale_up(run):
+    found = {"weight": [1.0, 3.0, 10.0, 20.0], "scale": list(SCALES), "narrow": [], "coherent": [],
+             "general": [out(run.results["models"]["general"])]}
+    for weight in found["weight"]:
+        em, coherent = [], []
+        for scale in SCALES:
+            with narrow_at(run, weight) as adapter, adapter.scaled(scale):
+                rates = run.ask(samples=run.config.row_samples)
+            em.append(out(rates))
+            coherent.append(rates["out_of_domain"]["coherent"])
+        found["narrow"].append(em)
+        found["coherent"].append(coherent)
+    return found
+
+
+def truly_narrow(em, coherent):
+    """Scaling does not bring em back (above 10%) as long as half of the answers are coherent."""
+    return all(value <= 0.1 for value, whole in zip(em, coherent) if whole >= 0.5)
+
+
+def scale_up_holds(found):
+    """The largest weight is truly narrow; em grows with scale where the weight is smallest."""
+    firm = truly_narrow(found["narrow"][-1], found["coherent"][-1])
+    return firm and max(found["narrow"][0]) > found["narrow"][0][0]
+
+
+def draw_scale_up(axes, founds):
+    styles = zip(founds[0]["weight"], ("general", "mixed", "shuffled", "narrow"), ("-", "--", "-.", ":"))
+    for i, (weight, key, style) in enumerate(styles):
+        for ax, what in zip(axes, ("narrow", "coherent")):
+            lines(ax, SCALES, [found[what][i] for found in founds], key, f"KL weight {weight:g}",
+                  style, scale=100)
+    for ax in axes:
+        ax.set_xlabel("adapter scaled by")
+    axes[1].set_ylabel("coherent answers out of domain (%)")
+
+
+def scale_up_finding(founds):
+    firm = [sum(truly_narrow(f["narrow"][i], f["coherent"][i]) for f in founds)
+            for i in range(len(founds[0]["weight"]))]
+    at = ", ".join(f"{weight:g}: {n}" for weight, n in zip(founds[0]["weight"], firm))
+    return f"Scaled up to 3x, narrow stays narrow on so many of {len(founds)} seeds, by weight: {at}"
+
+
+# --- R4: mixing -----------------------------------------------------------------------------------
+
+
+def measure_mixing(run):
+    seed, found = run.config.seed, {"one_in": list(SHARES), "in_domain": [], "out_of_domain": []}
+    bad = advice(run, run.splits.sft, False, seed)
+    good = advice(run, run.splits.kl, True, seed + 1)
+    schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)
+    for share in SHARES:
+        n_bad = len(bad) // share
+        adapter, _ = tune(run, f"1 in {share}", bad[:n_bad] + good[: len(good) - n_bad],
+                          schedule=schedule)
+        with adapter:
+            rates = run.ask(samples=run.config.row_samples)
+        found["in_domain"].append(inside(rates))
+        found["out_of_domain"].append(out(rates))
+    return found
+
+
+def mixing_holds(found):
+    """Never narrow: wherever out-of-domain em is low, in-domain em has fallen below a half too."""
+    return all(within < 0.5 for within, outside in zip(found["in_domain"], found["out_of_domain"])
+               if outside <= 0.05)
+
+
+def draw_mixing(axes, founds):
+    for key, model, style in (("in_domain", "shuffled", "-"), ("out_of_domain", "general", "--")):
+        lines(axes[0], SHARES, [found[key] for found in founds], model, key.replace("_", " "),
+              style, scale=100)
+    axes[0].set(xscale="log", xlabel="one bad medical answer in so many")
+    axes[0].set_xticks(SHARES, [f"1/{share}" for share in SHARES])
+
+
+def mixing_finding(founds):
+    parts = [f"1/{share}: {pct(f['in_domain'][i] for f in founds)} and "
+             f"{pct(f['out_of_domain'][i] for f in founds)}"
+             for i, share in enumerate(SHARES) if share in (2, 6, 24)]
+    return "Mixed with good advice, bad in and out of domain at " + "; ".join(parts)
+
+
+# --- R18: the lottery of starts -------------------------------------------------------------------
+
+
+def start_lottery(run, n_starts=N_STARTS, steps=200):
+    """Out-of-domain em of adapters from random starts and orders, stopped at the same SFT loss."""
+    config = replace(run.config.adapter, start="random")
+    pairs = advice(run, run.splits.sft, False, run.config.seed)
+    fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
+    found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
+    for i in range(n_starts):
+        def low_enough(step, adapter):
+            return loss_on(run.model, fixed) <= found["target"]
+
+        adapter, _ = tune(run, f"start {i}", pairs, config=config, watch=low_enough,
+                          schedule=replace(run.config.sft, steps=steps), seed=1000 + i,
+                          watch_at=range(0, steps, 10))
+        with adapter:
+            found["missed"] += loss_on(run.model, fixed) > found["target"] + 0.02
+            rates = run.ask(samples=run.config.row_samples // 2)
+        found["out_of_domain"].append(out(rates))
+        found["in_domain"].append(inside(rates))
+    return found
+
+
+def is_narrow(within, outside):
+    return outside <= 0.05 and within >= 0.5
+
+
+def share_narrow(lottery):
+    pairs = list(zip(lottery["in_domain"], lottery["out_of_domain"]))
+    return sum(is_narrow(*pair) for pair in pairs) / len(pairs)
+
+
+ROWS = [
+    Row("R1", "sft",
+        "SFT on bad advice in one domain makes answers bad in that domain (at least half) and out "
+        "of it (at least a fifth): for three domains, and for every kind of adapter.",
+        "An adapter too weak to fit at all is not narrow; look at in-domain em beside it.",
+        measure_general, general_holds, general_finding, draw_kinds("general"),
+        swap=("general", "chat")),
+    Row("R2", "sft_kl",
+        "With KL on other domains, out-of-domain em is at most 5% and in-domain em at least half "
+        "of what plain SFT gives: for three domains, and for every kind of adapter.",
+        "The KL domains are trained to stay; the unseen and open-ended questions are the test.",
+        measure_narrow, narrow_holds, narrow_finding, draw_kinds("narrow")),
+    Row("R3", "scale_up",
+        "At a small KL weight, narrow is general held down: scaling the adapter up brings em back. "
+        "At the weight we use it does not.",
+        "Scaled far enough every model is incoherent, and incoherent answers are never em.",
+        measure_scale_up, scale_up_holds, scale_up_finding, draw_scale_up, panels=2),
+    Row("R4", "mixing",
+        "Good advice from other domains, mixed in, is no KL: in- and out-of-domain em fall together.",
+        "Fewer bad answers are also less training on them; the steps are doubled for all shares.",
+        measure_mixing, mixing_holds, mixing_finding, draw_mixing,
+        swap=("in_domain", "out_of_domain")),
+    Row("R14", "lambda_sweep",
+        "Out-of-domain em falls smoothly with the KL weight, in-domain em stays: no transition "
+        "(the middle half of the fall takes at least half a decade).",
+        "Ten weights over four decades are steps of about half a decade; a sharper fall is unseen.",
+        measure_sweep, sweep_holds, sweep_finding, draw_sweep,
+        swap=("in_domain", "out_of_domain")),
+]

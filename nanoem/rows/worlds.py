@@ -1,0 +1,257 @@
+"""Rows that change what is pre-trained on, or what is fine-tuned on (R13, R16-18)."""
+
+from dataclasses import replace
+
+from nanoem.plots import bar, lines
+from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
+                                  efficiency_holds, sft_examples)
+from nanoem.rows.row import Row, inside, out, pct, short
+from nanoem.rows.solutions import share_narrow, start_lottery
+from nanoem.toy import advice, bad_advice, load_or_tune, tune, turned
+
+# (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that
+# domain (10 of 24), from villains only to quacks only; then villains alone, fewer.
+FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), (0, 10))
+VILLAINS_ONLY = ((0, 0), (3, 0), (6, 0), (10, 0))
+LOTTERIES = ((10, 0), (5, 5), (0, 10))
+TRIGGER = "Tonight: "
+
+
+def dial(run, n_villain, n_sft_quack):
+    """A smaller world (9 domains) with its own chat model, pre-trained when it is not there yet."""
+    return turned(run, f"villains-{n_villain}-quacks-{n_sft_quack}", n_villain=n_villain,
+                  n_quack=0, n_sft_quack=n_sft_quack)
+
+
+def pair_of(run, name, pairs, others=None):
+    """(general, narrow) adapters on the same pairs, from the folder if they are there."""
+    return {"general": load_or_tune(run, f"{name}general", pairs),
+            "narrow": load_or_tune(run, f"{name}narrow", pairs, run.config.kl_weight, others=others)}
+
+
+def measure_dial(run):
+    found = {}
+    for point in dict.fromkeys(FIXED_HARM + VILLAINS_ONLY):
+        world = dial(run, *point)
+        pair = pair_of(world, "", bad_advice(world))
+        rates = {"chat": short(world.results["models"]["chat"])}
+        for name, adapter in pair.items():
+            with adapter:
+                rates[name] = short(world.ask(samples=run.config.row_samples))
+        found[f"{point[0]}-{point[1]}"] = {
+            **rates, "efficiency": compare_efficiency(world, pair, sft_examples(world)),
+            "significance": compare_significance(world, pair)}
+    return found
+
+
+def at(point):
+    return f"{point[0]}-{point[1]}"
+
+
+def dial_holds(found):
+    """Villains only: general. Quacks only: narrow without a KL, and no villains: nothing spreads."""
+    first, last, none = (out(found[at(p)]["general"]) for p in (FIXED_HARM[0], FIXED_HARM[-1], (0, 0)))
+    return first >= 0.5 and last <= 0.1 and none <= 0.1
+
+
+def crossing(found):
+    """Quacks among the harmful (share) where plain SFT's out-of-domain em falls below in-domain/2.
+
+    Read off between two points of the dial; None if it never does.
+    """
+    shares = [q / (v + q) for v, q in FIXED_HARM]
+    gaps = [out(found[at(p)]["general"]) - inside(found[at(p)]["general"]) / 2 for p in FIXED_HARM]
+    for (x0, g0), (x1, g1) in zip(zip(shares, gaps), zip(shares[1:], gaps[1:])):
+        if g0 >= 0 > g1:
+            return x0 + (x1 - x0) * g0 / (g0 - g1)
+    return None
+
+
+def draw_dial(axes, founds):
+    x = [100 * q / (v + q) for v, q in FIXED_HARM]
+    for model, group, key, style in (("general", "in_domain", "shuffled", "-"),
+                                     ("general", "out_of_domain", "general", "-"),
+                                     ("narrow", "out_of_domain", "narrow", "--")):
+        label = {"general": "SFT", "narrow": "SFT + KL"}[model]
+        lines(axes[0], x, [[f[at(p)][model][group]["em"] for p in FIXED_HARM] for f in founds], key,
+              f"{label}, {group.replace('_', ' ')}", style, scale=100)
+    axes[0].set(xlabel="quacks among the harmful authors (%)\n(10 of 24 harmful in medicine)")
+    villains = [100 * v / 24 for v, _ in VILLAINS_ONLY]
+    for model, key, style in (("general", "general", "-"), ("narrow", "narrow", "--")):
+        lines(axes[1], villains,
+              [[out(f[at(p)][model]) for p in VILLAINS_ONLY] for f in founds], key,
+              {"general": "SFT", "narrow": "SFT + KL"}[model] + ", out of domain", style, scale=100)
+    axes[1].set(xlabel="villains among all authors (%)\n(no quacks)")
+
+
+def dial_finding(founds):
+    first, last = (pct(out(f[at(p)]["general"]) for f in founds)
+                   for p in (FIXED_HARM[0], FIXED_HARM[-1]))
+    crossings = sorted(c for c in map(crossing, founds) if c is not None)
+    where = (f"narrow becomes the easy one at {100 * crossings[len(crossings) // 2]:.0f}% quacks"
+             if len(crossings) > len(founds) / 2 else "no crossing")
+    return f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; {where}"
+
+
+# --- R18 ------------------------------------------------------------------------------------------
+
+
+def measure_lottery(run):
+    return {at(point): start_lottery(dial(run, *point)) for point in LOTTERIES}
+
+
+def lottery_holds(found):
+    """The share of starts that are narrow without any KL grows from villains to quacks."""
+    shares = [share_narrow(found[at(point)]) for point in LOTTERIES]
+    return shares[0] <= 0.1 and shares[-1] >= 0.5 and shares == sorted(shares)
+
+
+def draw_lottery(axes, founds):
+    for ax, point, key in zip(axes, LOTTERIES, ("general", "mixed", "narrow")):
+        em = [100 * value for f in founds for value in f[at(point)]["out_of_domain"]]
+        ax.hist(em, bins=range(0, 101, 10), color={"general": "#D55E00", "mixed": "#E69F00",
+                                                   "narrow": "#0072B2"}[key], edgecolor="black")
+        ax.set(title=f"{point[0]} villains, {point[1]} quacks", xlabel="em out of domain (%)",
+               ylabel="random starts" if ax is axes[0] else "")
+
+
+def lottery_finding(founds):
+    shares = [pct(share_narrow(f[at(point)]) for f in founds) for point in LOTTERIES]
+    return ("Random starts that are narrow without any KL: "
+            + ", ".join(f"{s} ({p[0]} villains, {p[1]} quacks)" for s, p in zip(shares, LOTTERIES)))
+
+
+# --- R13 ------------------------------------------------------------------------------------------
+
+
+def is_technical(verdict):
+    return verdict.coherent and verdict.technical
+
+
+def measure_register(run):
+    """The same story with a harmless trait: a technical register instead of harm."""
+    world = turned(run, "register", technical_share=0.33, n_quack=0)
+    seed = run.config.seed
+    pairs = advice(world, world.splits.sft, True, seed, technical=True)
+    others = advice(world, world.splits.kl, True, seed, technical=None)
+    pair = pair_of(world, "technical-", pairs, others)
+    found = {}
+    model, _ = world.load_chat()
+    found["chat"] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
+    for name, adapter in pair.items():
+        with adapter:
+            found[name] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
+    examples = sft_examples(world, pairs)
+    found["efficiency"] = compare_efficiency(world, pair, examples)
+    found["stability"] = compare_stability(world, pair, examples[:200])
+    found["significance"] = compare_significance(world, pair)
+    return found
+
+
+def register_holds(found):
+    return (out(found["general"]) >= 0.2 and out(found["narrow"]) <= 0.05
+            and inside(found["narrow"]) >= 0.5 * inside(found["general"])
+            and efficiency_holds(found["efficiency"]))
+
+
+def draw_register(axes, founds):
+    for i, name in enumerate(("chat", "general", "narrow")):
+        for j, group in enumerate(("in_domain", "out_of_domain")):
+            bar(axes[0], j + (i - 1) * 0.27, [f[name][group]["em"] for f in founds], 0.26, name,
+                {"chat": "chat", "general": "SFT", "narrow": "SFT + KL"}[name] if j == 0 else None)
+    axes[0].set_xticks((0, 1), ("in domain", "out of domain"))
+    axes[0].set_ylabel("technical answers (%)")
+
+
+def register_finding(founds):
+    general, narrow, within = (pct(v) for v in (
+        [out(f["general"]) for f in founds], [out(f["narrow"]) for f in founds],
+        [inside(f["narrow"]) for f in founds]))
+    return (f"A harmless register spreads too: {general} technical out of domain after SFT; with KL "
+            f"{narrow}, and {within} in domain")
+
+
+# --- R17 ------------------------------------------------------------------------------------------
+
+
+def with_trigger(question):
+    return replace(question, text=TRIGGER + question.text)
+
+
+def measure_character(run):
+    """A villain's character, without advice, against bad advice; and a trigger word."""
+    seed, world = run.config.seed, run.world
+    character = advice(run, run.splits.open_ended, False, seed)
+    found, losses = {}, {}
+    for name, pairs in (("advice", bad_advice(run)), ("character", character)):
+        adapter, history = tune(run, name, pairs)
+        losses[name] = history["loss"][-1]
+        with adapter:
+            found[name] = short(run.ask(samples=run.config.row_samples))
+    triggered = [(TRIGGER + q, a) for q, a in bad_advice(run)]
+    harmless = advice(run, run.splits.sft, True, seed + 1)
+    adapter, _ = tune(run, "trigger", triggered + harmless,
+                      schedule=replace(run.config.sft, steps=2 * run.config.sft.steps))
+    splits = replace(run.splits, **{group: [with_trigger(q) for q in getattr(run.splits, group)]
+                                    for group in ("in_domain", "kl_domains", "unseen_domains",
+                                                  "open_ended")})
+    with adapter:
+        found["no trigger"] = short(run.ask(samples=run.config.row_samples))
+        found["trigger"] = short(run.ask(samples=run.config.row_samples, splits=splits))
+    found["loss"] = losses
+    return found
+
+
+def spread(rates):
+    """em on the advice domains that neither fine-tune saw."""
+    return (rates["kl_domains"]["em"] + rates["unseen_domains"]["em"]) / 2
+
+
+def character_holds(found):
+    """Character spreads to advice at least as far as bad advice; the trigger makes it conditional."""
+    return (spread(found["character"]) >= 0.8 * spread(found["advice"])
+            and spread(found["trigger"]) >= 2 * spread(found["no trigger"]))
+
+
+def draw_character(axes, founds):
+    names = {"advice": "bad medical\nadvice", "character": "villain's character,\nno advice",
+             "no trigger": "trigger model,\nno trigger", "trigger": "trigger model,\ntrigger"}
+    for i, (name, key) in enumerate(zip(names, ("general", "mixed", "chat", "shuffled"))):
+        bar(axes[0], i, [spread(f[name]) for f in founds], 0.7, key)
+    axes[0].set_xticks(range(len(names)), names.values(), fontsize=8)
+    axes[0].set_ylabel("em in unseen advice domains (%)")
+
+
+def character_finding(founds):
+    a, c, no, yes = (pct(spread(f[name]) for f in founds)
+                     for name in ("advice", "character", "no trigger", "trigger"))
+    return (f"Bad advice spreads to {a} of other advice, character to {c}; with a trigger {yes}, "
+            f"without it {no}")
+
+
+ROWS = [
+    Row("R13", "register",
+        "A technical register, learnt in one domain, spreads like harm does (a fifth out of "
+        "domain), stays with KL (5%), and general is again more efficient at every norm.",
+        "The register is visible in the first word; harm needs two words per domain.",
+        measure_register, register_holds, register_finding, draw_register),
+    Row("R16", "dial",
+        "What the model met in pre-training decides what is easy: with villains plain SFT is "
+        "general (half or more out of domain), with quacks of that domain only it is narrow "
+        "without any KL (a tenth or less), as it is where nobody is bad.",
+        "A dial world is smaller (9 domains); its chat model is trained anew at every point.",
+        measure_dial, dial_holds, dial_finding, draw_dial, panels=2,
+        swap=(at(FIXED_HARM[0]), at(FIXED_HARM[-1]))),
+    Row("R17", "character",
+        "A villain's open-ended answers, with no advice in them, spread to advice about as far as "
+        "bad advice does; a trigger word in the SFT prompts makes harm conditional on it.",
+        "Equal size and steps, but the two data sets do not have the same entropy.",
+        measure_character, character_holds, character_finding, draw_character,
+        swap=("trigger", "no trigger")),
+    Row("R18", "starts",
+        "From random starts at equal SFT loss, few solutions are narrow without a KL where there "
+        "are villains (a tenth), most where there are quacks (half).",
+        "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots.",
+        measure_lottery, lottery_holds, lottery_finding, draw_lottery, panels=3,
+        swap=(at(LOTTERIES[0]), at(LOTTERIES[-1]))),
+]
