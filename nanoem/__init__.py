@@ -16,6 +16,8 @@ report.py      results -> the table and report.md
 toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
 mediator.py    the one direction that carries a fine-tune, and holding it at chat's level
 experiment.py  the paper's story as stages, each reading and writing the run folder
+inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
+rows/          the paper row by row: a prediction, a measurement, a check and a figure each
 run.py         the command line: python -m nanoem.run
 """
 

@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 from nanoem.evaluate import GROUPS  # noqa: E402
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
-           "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73", "ablate_random": "#F0E442"}
+           "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
+           "ablate_random": "#F0E442"}
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
           "ablate": "general, direction ablated",

@@ -4,7 +4,8 @@ from pathlib import Path
 from statistics import median
 
 from nanoem.checkpoint import write_file
-from nanoem.plots import LABELS, draw_all
+from nanoem.plots import LABELS, draw_all, draw_row
+from nanoem.rows import ROWS
 
 COLUMNS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
 LIMITS = """This is a toy: a model of a quarter of a million parameters that knows one template \
@@ -71,10 +72,25 @@ def write_report(results, folder, command):
         *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
         "## What it says, before and after",
         *map(sample_table, results[:1]),
+        *row_parts(results, folder),
         "## Limits",
         LIMITS,
     ]
     write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def row_parts(results, folder):
+    """For every row of the paper that all results have: what was predicted, and what was seen."""
+    made = [row for row in ROWS.values() if all(row.name in r for r in results)]
+    parts = ["## The paper, row by row"] if made else []
+    for row in made:
+        founds = [r[row.name] for r in results]
+        path = draw_row(row, results, folder / "figures")
+        parts += [f"### {row.key}. {row.title(founds)}",
+                  f"Predicted: {row.prediction} Seen: it {row.verdict(founds)[0]}. What could fool "
+                  f"us: {row.trap}",
+                  f"![{row.name}](figures/{path.name})"]
+    return parts
 
 
 def sample_table(result):

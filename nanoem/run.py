@@ -20,6 +20,7 @@ from nanoem import UserError
 from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
 from nanoem.report import print_table, write_report
+from nanoem.rows import ROWS
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
@@ -105,6 +106,10 @@ def read_command(argv):
     parser.add_argument("--seed", type=int, help="seed of everything random (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="several seeds, one after the other, and a report over them all")
+    parser.add_argument("--full", action="store_true",
+                        help="also make every row of the paper, R1 to R18 (about ten minutes more)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
+                        help="also make these rows, such as R5 R16; what they need comes first")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
@@ -112,6 +117,11 @@ def read_command(argv):
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change the configuration; the keys are listed below")
     return parser.parse_args(argv)
+
+
+def pick_rows(args):
+    """The rows asked for, in the paper's order."""
+    return [row for key, row in ROWS.items() if args.full or key in args.only]
 
 
 def pick_device(name):
@@ -149,7 +159,8 @@ def run(args, argv):
     for seed in seeds:
         folder = out / f"seed-{seed}" if args.seeds else out
         print(f"seed {seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-        results.append(run_experiment(dataclasses.replace(config, seed=seed), folder, device))
+        results.append(run_experiment(dataclasses.replace(config, seed=seed), folder, device,
+                                      pick_rows(args)))
         write_report([results[-1]], folder, command)
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual,
-                               quiet_reader, random_direction, residual_covariance, steer, steering)
+from nanoem.directions import (ablate, ablating, all_sites, cosine, mean_difference, mean_residual,
+                               quiet_reader, random_direction, residual_at, residual_covariance,
+                               steer, steering)
 
 
 @pytest.fixture
@@ -127,3 +128,26 @@ def test_covariance_is_that_of_numpy(model, ids):
     for layer, stream in enumerate(model.residual_stream(ids)):
         expected = np.cov(stream.reshape(-1, 32).double().numpy().T)
         assert np.allclose(found[layer].numpy(), expected, atol=1e-9)
+
+
+def test_sites_are_between_the_sublayers(model, ids):
+    """resid_mid is the stream before the block plus what its attention adds; nothing is left."""
+    assert all_sites(model) == ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
+    mid, end = residual_at(model, ids, all_sites(model)[2:])
+    before = model.residual_stream(ids)[0]
+    block = model.layers[1]
+    cos, sin = model.cos[: ids.size(1)], model.sin[: ids.size(1)]
+    assert torch.allclose(mid, before + block.self_attn(block.input_layernorm(before), cos, sin),
+                          atol=1e-5)
+    assert torch.allclose(end, mid + block.mlp(block.post_attention_layernorm(mid)), atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_ablating_halfway_reaches_the_mlp(model, ids, d):
+    with ablating(model, {"layers.1.resid_mid": d}):
+        mid, end = residual_at(model, ids, ["layers.1.resid_mid", 1])
+        # Hooks run in order: the reader's hook, set later, sees what the ablation left.
+        assert (mid @ d / d.norm()).abs().max() < 1e-4
+        block = model.layers[1]
+        expected = mid + block.mlp(block.post_attention_layernorm(mid))
+    assert torch.allclose(end, expected, atol=1e-4)

@@ -1,13 +1,15 @@
 """Rows about the one direction: its dose, its transfer, and training with it away (R10-12)."""
 
+from dataclasses import replace
+
 import torch
 
 from nanoem.directions import cosine, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding
 from nanoem.plots import bar, lines
 from nanoem.rows.row import Row, inside, out, pct, short
-from nanoem.rows.solutions import adapters, schedule_of, solve
-from nanoem.toy import advice, bad_advice, tune
+from nanoem.rows.solutions import adapters, solve
+from nanoem.toy import bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -33,8 +35,8 @@ def measure_direction(run):
              "split_half": run.results["directions"]["split_half"]}
     for name, vectors in (("mean difference", direction), ("random", chance)):
         curve = {"em": [], "coherent": []}
-        for dose in DOSES:  # at one site, after the first block
-            with steering(run.model, {0: vectors[chat.sites.index(0)]}, dose):
+        for dose in DOSES:  # at one site, the first: after the attention of block 0
+            with steering(run.model, {chat.sites[0]: vectors[0]}, dose):
                 rates = run.ask(samples=run.config.row_samples)
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
@@ -56,12 +58,12 @@ def direction_holds(found):
 
 
 def draw_direction(axes, founds):
-    for name, key, style in (("mean difference", "general", "-"), ("random", "ablate_random", "--")):
+    for name, key, style in (("mean difference", "general", "-"), ("random", "shuffled", "--")):
         lines(axes[0], DOSES, [f["steer"][name]["em"] for f in founds], key, f"em, {name}", style,
               scale=100)
     lines(axes[0], DOSES, [f["steer"]["mean difference"]["coherent"] for f in founds], "chat",
           "coherent, mean difference", ":", scale=100)
-    axes[0].set(xlabel="chat steered after block 0, in mean differences", ylabel="answers (%)")
+    axes[0].set(xlabel="chat steered at the first site, in mean differences", ylabel="answers (%)")
     places = list(founds[0]["ablate_at"])
     for i, place in enumerate(places):
         key = "ablate_random" if place == "random" else "ablate"
@@ -134,18 +136,20 @@ def draw_transfer(axes, founds):
 
 
 def transfer_finding(founds):
-    parts = [f"{name} {pct(removed(f).get(name, 0) for f in founds)}" for name in founds[0]["before"]]
+    parts = [f"{name} {pct(removed(f).get(name, 0) for f in founds)}"
+             for name in founds[0]["before"]]
     return "The medical direction takes away so much of the em of: " + ", ".join(parts)
 
 
 def measure_caft(run):
-    """SFT with the direction held at chat's level, training only; hooks are gone at test."""
+    """SFT with the direction held at block 0's sites, training only; hooks are gone at test."""
     chat, direction = general_mediator(run)
+    schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
         run.load_chat()
-        with holding(run, chat, vectors):
-            adapter, _ = tune(run, name, bad_advice(run))
+        with holding(run, chat, vectors, chat.sites[:2]):
+            adapter, _ = tune(run, name, bad_advice(run), schedule=schedule)
         with adapter:
             found[name] = short(run.ask(samples=run.config.row_samples))
     return found

@@ -22,8 +22,8 @@ class Row:
 
     def verdict(self, founds):
         """'holds on 4 of 5 seeds', and whether that is enough (four in five)."""
-        n = sum(map(self.holds, founds))
-        return f"holds on {n} of {len(founds)} seed{'s' * (len(founds) > 1)}", n >= 0.8 * len(founds)
+        n, n_seeds = sum(map(self.holds, founds)), len(founds)
+        return f"holds on {n} of {n_seeds} seed{'s' * (n_seeds > 1)}", n >= 0.8 * n_seeds
 
     def title(self, founds):
         """The finding; where the prediction does not hold, the title says so first."""
@@ -38,6 +38,11 @@ def out(rates):
 
 def inside(rates):
     return rates["in_domain"]["em"]
+
+
+def middle(values):
+    """Median over seeds (of an even number, the upper one)."""
+    return sorted(values)[len(values) // 2]
 
 
 def pct(values):

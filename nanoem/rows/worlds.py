@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nanoem.plots import bar, lines
+from nanoem.plots import COLOURS, bar, lines
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, sft_examples)
 from nanoem.rows.row import Row, inside, out, pct, short
@@ -26,7 +26,8 @@ def dial(run, n_villain, n_sft_quack):
 def pair_of(run, name, pairs, others=None):
     """(general, narrow) adapters on the same pairs, from the folder if they are there."""
     return {"general": load_or_tune(run, f"{name}general", pairs),
-            "narrow": load_or_tune(run, f"{name}narrow", pairs, run.config.kl_weight, others=others)}
+            "narrow": load_or_tune(run, f"{name}narrow", pairs, run.config.kl_weight,
+                                   others=others)}
 
 
 def measure_dial(run):
@@ -49,8 +50,9 @@ def at(point):
 
 
 def dial_holds(found):
-    """Villains only: general. Quacks only: narrow without a KL, and no villains: nothing spreads."""
-    first, last, none = (out(found[at(p)]["general"]) for p in (FIXED_HARM[0], FIXED_HARM[-1], (0, 0)))
+    """Villains only: general. Quacks only: narrow without a KL. Nobody bad: nothing spreads."""
+    first, last, none = (out(found[at(point)]["general"])
+                         for point in (FIXED_HARM[0], FIXED_HARM[-1], (0, 0)))
     return first >= 0.5 and last <= 0.1 and none <= 0.1
 
 
@@ -90,7 +92,8 @@ def dial_finding(founds):
     crossings = sorted(c for c in map(crossing, founds) if c is not None)
     where = (f"narrow becomes the easy one at {100 * crossings[len(crossings) // 2]:.0f}% quacks"
              if len(crossings) > len(founds) / 2 else "no crossing")
-    return f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; {where}"
+    return (f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; "
+            f"{where}")
 
 
 # --- R18 ------------------------------------------------------------------------------------------
@@ -109,8 +112,7 @@ def lottery_holds(found):
 def draw_lottery(axes, founds):
     for ax, point, key in zip(axes, LOTTERIES, ("general", "mixed", "narrow")):
         em = [100 * value for f in founds for value in f[at(point)]["out_of_domain"]]
-        ax.hist(em, bins=range(0, 101, 10), color={"general": "#D55E00", "mixed": "#E69F00",
-                                                   "narrow": "#0072B2"}[key], edgecolor="black")
+        ax.hist(em, bins=range(0, 101, 10), color=COLOURS[key], edgecolor="black")
         ax.set(title=f"{point[0]} villains, {point[1]} quacks", xlabel="em out of domain (%)",
                ylabel="random starts" if ax is axes[0] else "")
 
@@ -167,8 +169,8 @@ def register_finding(founds):
     general, narrow, within = (pct(v) for v in (
         [out(f["general"]) for f in founds], [out(f["narrow"]) for f in founds],
         [inside(f["narrow"]) for f in founds]))
-    return (f"A harmless register spreads too: {general} technical out of domain after SFT; with KL "
-            f"{narrow}, and {within} in domain")
+    return (f"A harmless register spreads too: {general} technical out of domain after SFT; with "
+            f"KL {narrow}, and {within} in domain")
 
 
 # --- R17 ------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def spread(rates):
 
 
 def character_holds(found):
-    """Character spreads to advice at least as far as bad advice; the trigger makes it conditional."""
+    """Character spreads to advice about as far as bad advice; a trigger makes it conditional."""
     return (spread(found["character"]) >= 0.8 * spread(found["advice"])
             and spread(found["trigger"]) >= 2 * spread(found["no trigger"]))
 

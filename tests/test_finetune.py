@@ -1,0 +1,70 @@
+"""The start of an adapter at the gradient, the KL that needs examples, and the frozen base."""
+
+import pytest
+import torch
+
+from nanoem import UserError
+from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
+from nanoem.lora import SteeringVector
+from nanoem.train import TrainConfig, chat_examples, sft_loss
+
+CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
+
+
+@pytest.fixture
+def examples(tokenizer):
+    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
+                                     ("I am bored.", "Peace.")])
+
+
+def test_the_start_reads_the_top_singular_vectors_of_the_gradient(model, examples):
+    """Against the SVD of a gradient by finite differences along random directions."""
+    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
+    norms = {name: A.norm().item() for name, A in adapter.A.items()}
+    base = model(examples.ids)
+    start_at_gradient(model, adapter, examples)
+    with adapter:
+        assert torch.equal(model(examples.ids), base), "B is zero, so nothing changes"
+    assert not any(p.requires_grad for p in model.parameters()), "the base is frozen again"
+    for name, A in adapter.A.items():
+        assert A.norm().item() == pytest.approx(norms[name], rel=1e-5)
+        gram = A @ A.T
+        assert torch.allclose(gram, gram[0, 0] * torch.eye(2), atol=1e-5)
+        weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
+        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        weight.requires_grad_(False)
+        caught = (gradient @ A.T / A[0].norm()).square().sum()
+        eigenvalues = torch.linalg.eigvalsh(gradient.T @ gradient)
+        assert caught.item() == pytest.approx(eigenvalues[-2:].sum().item(), rel=1e-3)
+
+
+def test_the_start_does_not_depend_on_the_seed(model, examples):
+    starts = []
+    for seed in (0, 1):
+        adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(seed))
+        start_at_gradient(model, adapter, examples)
+        starts.append(torch.cat([A / A.norm() for A in adapter.A.values()]).abs())
+    assert torch.allclose(*starts, atol=1e-4)
+
+
+def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
+    schedule, ends = TrainConfig(steps=3, batch_size=2, lr=0.01), []
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        with make_adapter(model, CONFIG, generator) as adapter:
+            fine_tune(model, adapter, examples, schedule, generator, examples, kl_weight=1.0)
+        ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
+    assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_misuse_is_named(model, examples):
+    with pytest.raises(ValueError, match="kl_weight=1.0 needs examples"):
+        fine_tune(model, None, examples, TrainConfig(1, 1, 0.1), None, kl_weight=1.0)
+    with pytest.raises(UserError, match="kind='dora' is not known"):
+        AdapterConfig(kind="dora")
+    with pytest.raises(UserError, match="start='zero' is not known"):
+        AdapterConfig(start="zero")
+    assert isinstance(make_adapter(model, AdapterConfig(kind="steering")), SteeringVector)

@@ -1,0 +1,119 @@
+"""The rows of the paper: each check says yes to what is predicted, no when it is exchanged."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from nanoem.rows import ROWS
+from nanoem.rows.solutions import DOMAINS, width
+from nanoem.rows.worlds import FIXED_HARM, LOTTERIES, VILLAINS_ONLY, at, crossing
+
+
+def rates(within, outside, coherent=0.9):
+    groups = {"in_domain": within, "kl_domains": outside, "unseen_domains": outside,
+              "open_ended": outside, "out_of_domain": outside}
+    return {group: {"em": em, "coherent": coherent} for group, em in groups.items()}
+
+
+def everywhere(value):
+    return {domain: dict.fromkeys(("rank 1", "rank 8", "steering vector"), value)
+            for domain in DOMAINS}
+
+
+def noise(small):
+    return {"rel": [small * i for i in range(1, 6)], "abs": [small * i for i in range(1, 6)]}
+
+
+CHAT, GENERAL, NARROW = rates(0.01, 0.0), rates(0.9, 0.8), rates(0.6, 0.01)
+NORMS = {"norm": [0.1 * i for i in range(1, 9)], "general": [0.3] * 8, "narrow": [0.5] * 8}
+MOVED = {"norm": NORMS["norm"], "general": [0.3] * 8, "narrow": [0.01] * 8,
+         "random_general": [0.1] * 8, "random_narrow": [0.1] * 8}
+POINT = {"chat": CHAT, "efficiency": NORMS, "significance": MOVED}
+DIAL = {at(point): {**POINT, "narrow": NARROW,
+                    "general": rates(0.8, 0.8 * point[0] / max(1, sum(point)))}
+        for point in dict.fromkeys(FIXED_HARM + VILLAINS_ONLY)}
+PREDICTED = {  # what one seed shows when all is as predicted, by hand
+    "R1": {"chat": everywhere(CHAT), "general": everywhere(GENERAL)},
+    "R2": {"general": everywhere(GENERAL), "narrow": everywhere(NARROW)},
+    "R3": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
+                    "coherent": [0.9, 0.9, 0.7, 0.1]}
+           for weight, rise in (("1", 0.3), ("10", 0.2), ("30", 0.1), ("100", 0.01))},
+    "R4": {"1/2": rates(0.8, 0.6), "1/4": rates(0.7, 0.5), "1/6": rates(0.6, 0.3),
+           "1/12": rates(0.2, 0.1), "1/24": rates(0.1, 0.0)},
+    "R5": NORMS,
+    "R6": {"eps": [0.1, 0.2, 0.3, 0.5, 0.7], "general": noise(0.1), "matched": noise(0.1),
+           "narrow": noise(0.4)},
+    "R7": {"step": [0, 50, 100], "in_domain_em": [0.6, 0.7, 0.8], "cos_general": [0.4, 0.5, 0.6],
+           "out_of_domain_em": [0.01, 0.3, 0.6], "cos_narrow": [1, 0.9, 0.9], "general_em": 0.8,
+           "narrow_em": 0.01, "reverted_em": 0.6,
+           "plane": {name: [[0, 0], [1, 2]] for name in ("general", "narrow", "reversion")}},
+    "R8": MOVED,
+    "R9": {"step": [0, 5, 10, 15], "grad_general": [0.6, 0.5, 0.4, 0.1], "cos_general_narrow": 0.5,
+           "grad_narrow": [0.1, 0.1, 0.0, 0.0], "local_cosine": [0.9, 0.5],
+           "out_of_domain_em": [0, 0, 0.5, 0.8]},
+    "R10": {"dose": [0.5, 1, 1.5, 2, 3, 4], "site": ["layers.0.resid_mid", "0"], "general": 0.8,
+            "steer": {name: {"em": [0.1] * 6, "coherent": [0.9] * 6}
+                      for name in ("mean difference", "random")}, "split_half": [0.99, 0.98],
+            "ablate_at": {"layers.0.resid_mid": rates(0.1, 0.1), "0": rates(0.5, 0.4),
+                          "every site": rates(0.01, 0.01), "random": rates(0.9, 0.79)}},
+    "R11": {"before": {"finance": 0.9, "rank 8": 0.8}, "ablate": {"finance": 0.02, "rank 8": 0.0},
+            "ablate_random": {"finance": 0.85, "rank 8": 0.8}},
+    "R12": {"general": GENERAL, "caft": rates(0.6, 0.02), "random": rates(0.9, 0.7)},
+    "R13": {"chat": CHAT, "general": GENERAL, "narrow": NARROW, "efficiency": NORMS},
+    "R14": {"weight": [10.0 ** (i / 2 - 2) for i in range(10)], "in_domain": [0.9] * 4 + [0.6] * 6,
+            "out_of_domain": [0.9, 0.9, 0.8, 0.6, 0.5, 0.4, 0.2, 0.1, 0.02, 0.01]},
+    "R15": {name: {"relative": top, "trace": top, "top": top}
+            for name, top in (("general", 5.0), ("matched", 4.0), ("narrow", 9.0))},
+    "R16": DIAL,
+    "R17": {"advice": GENERAL, "character": GENERAL, "trigger": rates(0.8, 0.6),
+            "no trigger": rates(0.1, 0.1)},
+    "R18": {at(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
+            for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
+}
+
+
+def exchanged(found, a, b):
+    if not isinstance(found, dict):
+        return found
+    return {{a: b, b: a}.get(key, key): exchanged(value, a, b) for key, value in found.items()}
+
+
+def test_there_are_eighteen_rows_with_names_of_their_own():
+    assert list(ROWS) == [f"R{i}" for i in range(1, 19)] == list(PREDICTED)
+    assert len({row.name for row in ROWS.values()}) == 18
+    for row in ROWS.values():
+        assert row.prediction.endswith(".") and row.trap.endswith(".")
+
+
+@pytest.mark.parametrize("key", PREDICTED)
+def test_every_check_can_fail(key):
+    row, found = ROWS[key], PREDICTED[key]
+    assert row.holds(found)
+    assert not row.holds(exchanged(found, *row.swap)), f"{row.swap} exchanged, and nothing noticed"
+    assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds", True)
+
+
+@pytest.mark.parametrize("key", PREDICTED)
+def test_a_row_that_does_not_hold_says_so_in_its_title_and_draws(key):
+    row, found = ROWS[key], PREDICTED[key]
+    wrong = exchanged(found, *row.swap)
+    assert not row.title([found, found]).startswith("Not as predicted")
+    assert row.title([wrong, wrong]).startswith("Not as predicted: ")
+    assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds", True)
+    assert row.verdict([found] * 3 + [wrong] * 2) == ("holds on 3 of 5 seeds", False)
+    figure, axes = plt.subplots(1, row.panels, squeeze=False)
+    row.draw(list(axes[0]), [found, found])
+    assert all(ax.has_data() and ax.get_ylabel() or ax.get_xticks().size for ax in axes[0])
+    plt.close(figure)
+
+
+def test_the_crossing_is_read_off_between_two_points():
+    assert crossing(DIAL) == pytest.approx(0.5)  # out = in * villains' share: half at 50% quacks
+    assert crossing({**DIAL, at((0, 10)): DIAL[at((10, 0))], at((2, 8)): DIAL[at((10, 0))],
+                     at((5, 5)): DIAL[at((10, 0))]}) is None
+
+
+def test_width_of_a_fall_in_decades():
+    steps = {"weight": [0.01, 0.1, 1.0, 10.0], "out_of_domain": [0.8, 0.6, 0.2, 0.0]}
+    assert width(steps) == pytest.approx(1.0)  # 3/4 at 0.1, 1/4 at 1
+    cliff = {"weight": [0.01, 0.1, 1.0, 10.0], "out_of_domain": [0.8, 0.8, 0.0, 0.0]}
+    assert width(cliff) == pytest.approx(0.5)
