@@ -5,6 +5,7 @@ world.py       authors with personas -> documents, questions, splits; the exact 
 tokenizer.py   byte-level BPE and ChatML
 model.py       the GPT, a tiny Qwen2
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
+parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
 train.py       next-token loss, SFT loss, KL to the base model, the one training loop
 finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals
