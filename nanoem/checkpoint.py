@@ -18,7 +18,8 @@ from nanoem.safetensors import TensorFile, load_tensors, save_tensors  # noqa: F
 from nanoem.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+               "llama": "LlamaForCausalLM"}
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -128,7 +129,8 @@ def find_tensors(path):
 def stored_dtype(file, table):
     name = table.get("dtype", table.get("torch_dtype")) or "float32"
     if str(name) not in TORCH_DTYPES:
-        raise UserError(f"{file}: dtype {name!r} is not known; nanoem has {', '.join(TORCH_DTYPES)}")
+        raise UserError(f"{file}: dtype {name!r} is not known; nanoem has "
+                        + ", ".join(TORCH_DTYPES))
     return TORCH_DTYPES[name]
 
 

@@ -152,8 +152,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
-    report, and how many tokens were read. A total without a graph says that the objective has called
-    backward itself, part by part. `watch(step)` is called before each step in `watch_at`
+    report, and how many tokens were read. A total without a graph says that the objective has
+    called backward itself, part by part. `watch(step)` is called before each step in `watch_at`
     and, when config.steps is among them, after the last; when it returns true, training ends there.
     Raises StageFailed when the loss is not finite.
     """

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors, read_json, save_pretrained
-from nanoem.checkpoint import save_tensors
+from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, read_json,
+                               save_pretrained, save_tensors)
 from nanoem.lora import LoRA
 from nanoem.train import TrainConfig, sft_loss, train
 
