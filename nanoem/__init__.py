@@ -5,11 +5,15 @@ world.py       authors with personas -> documents, questions, splits; the exact 
 tokenizer.py   byte-level BPE and ChatML
 model.py       the GPT, a tiny Qwen2
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
+parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
 train.py       next-token loss, SFT loss, KL to the base model, the one training loop
 finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals
 directions.py  mean difference, steer, ablate, random control
-checkpoint.py  safetensors, Hugging Face model folders, PEFT adapter folders
+files.py       files and folders that are whole or not there
+safetensors.py tensors on disk, by hand
+adapters.py    PEFT adapter folders
+checkpoint.py  Hugging Face model folders
 plots.py       results -> PNG
 folder.py      the run folder: what was asked, what was found, which stages are finished
 report.py      results -> the table and report.md

@@ -13,7 +13,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.train import kl_to_base, sft_loss, train
+from nanoem.train import kl_to_base, micro_batches, sft_loss, train
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,22 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
 
     def objective(step):
-        batch = draw(sft)
-        loss = sft_loss(model(batch.ids), batch.ids, batch.answer_mask)
-        if not kl_weight:
-            return loss, {"loss": loss}, batch.ids.numel()
-        other = draw(kl)
-        divergence = kl_to_base(model, adapter, other.ids, other.mask)
-        n_tokens = batch.ids.numel() + other.ids.numel()
-        return loss + kl_weight * divergence, {"loss": loss, "kl": divergence}, n_tokens
+        total, terms, n_tokens = 0.0, {}, 0
+        size = schedule.micro_batch
+        work = [("loss", *part) for part in micro_batches(draw(sft), size, "answer_mask")]
+        if kl_weight:
+            work += [("kl", *part) for part in micro_batches(draw(kl), size, "mask")]
+        for name, part, share in work:
+            if name == "loss":
+                term = share * sft_loss(model(part.ids), part.ids, part.answer_mask)
+            else:
+                term = share * kl_to_base(model, adapter, part.ids, part.mask)
+            weighted = term if name == "loss" else kl_weight * term
+            if size:  # now, so that this part's activations are free for the next
+                weighted.backward()
+                term, weighted = term.detach(), weighted.detach()
+            total, n_tokens = total + weighted, n_tokens + part.ids.numel()
+            terms[name] = terms.get(name, 0.0) + term
+        return total, terms, n_tokens
 
     return train(objective, adapter.parameters(), schedule, name, watch, watch_at)

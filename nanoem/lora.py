@@ -96,6 +96,12 @@ class LoRA(Adapter):
             self.A[name] = nn.Parameter(A.to(linear.weight.device))
             self.B[name] = nn.Parameter(torch.zeros(n_out, rank, device=linear.weight.device))
 
+    def keep(self, names):
+        """Forget every site but those named: for an adapter that is not layers times modules."""
+        for table in (self.sites, self.A, self.B):
+            for name in set(table) - set(names):
+                del table[name]
+
     @property
     def scaling(self):
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)

@@ -1,8 +1,9 @@
-"""The GPT: a tiny Qwen2 in plain PyTorch.
+"""The GPT: a tiny Qwen2 in plain PyTorch; Qwen3 and Llama are the same model with other flags.
 
 Read from top to bottom: norm, rotary position, attention, MLP, block, model. Parameters carry the
 names of Hugging Face's Qwen2 (model.layers.0.self_attn.q_proj.weight, ...), so a checkpoint needs
-no translation. Qwen2.5 technical report: arXiv 2412.15115; rotary embedding: arXiv 2104.09864.
+no translation. Qwen2.5 technical report: arXiv 2412.15115; Qwen3: arXiv 2505.09388; rotary
+embedding: arXiv 2104.09864.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanoem import UserError
 
@@ -27,18 +29,27 @@ class Config:
     max_positions: int = 128  # the longest sequence, in tokens
     rope_theta: float = 10_000.0  # base of the rotary angles
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    head_size: int = 0  # width of a head; 0 is d_model / n_head
+    qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them, Qwen3 and Llama do not
+    qk_norm: bool = False  # RMSNorm on every head's q and k, before the rotation: Qwen3
+    tie_embeddings: bool = True  # the output layer is the embedding, transposed
 
     def __post_init__(self):
-        if self.d_model % self.n_head or self.n_head % self.n_kv_head:
+        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff",
+                     "max_positions", "rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
+        divides = self.head_size > 0 or self.d_model % self.n_head == 0
+        if not divides or self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}, "
                              f"and n_kv_head={self.n_kv_head} must divide n_head")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim = d_model / n_head = {self.head_dim} must be even "
-                             "for rotary embedding")
+        if self.head_dim % 2 or self.head_dim < 0:
+            raise UserError(f"head_dim={self.head_dim} (d_model / n_head, unless head_size says "
+                            "another) must be even for rotary embedding")
 
     @property
     def head_dim(self):
-        return self.d_model // self.n_head
+        return self.head_size or self.d_model // self.n_head
 
 
 class RMSNorm(nn.Module):
@@ -50,13 +61,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.dtype in (torch.float16, torch.bfloat16):  # norm in float32, round, then the weight
+            normed = F.rms_norm(x.float(), (x.size(-1),), eps=self.eps)
+            return self.weight * normed.to(x.dtype)
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+LONGEST = 32_768  # positions in the tables: some models claim a million, and none is asked for it
 
 
 def rotary_tables(config, device):
     """cos and sin of every position's rotation angles, each (max_positions, head_dim)."""
     half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    positions = torch.arange(config.max_positions, device=device).float()
+    positions = torch.arange(min(config.max_positions, LONGEST), device=device).float()
     angles = positions[:, None] * config.rope_theta**-half  # (max_positions, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)  # feature i turns together with i + head_dim / 2
     return angles.cos(), angles.sin()
@@ -69,28 +86,34 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions; biases on q, k and v as in Qwen2."""
+    """Causal grouped-query attention with rotary positions.
+
+    Biases on q, k and v as in Qwen2, or a norm on q and k as in Qwen3, or neither as in Llama.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        kv_width = config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, kv_width)
-        self.v_proj = nn.Linear(config.d_model, kv_width)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        q_width, kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
+        self.q_proj = nn.Linear(config.d_model, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, n_head, T, head_dim)
-        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, n_kv, T, head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, n_kv, T, head_dim)
         v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
         # With a cache, T is the whole prompt (nothing cached yet) or one new token that sees all.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -140,7 +163,7 @@ class KVCache:
 
 
 class GPT(nn.Module):
-    """A decoder-only language model whose output layer is its embedding, transposed (tied)."""
+    """A decoder-only language model. Its output layer is its embedding transposed, if tied."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,6 +174,9 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(config, device="cpu")
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.activation_checkpointing = False  # true: recompute activations in the backward pass
 
     def init_weights(self, generator):
         """Normal weights of standard deviation .02, smaller where a block writes (GPT-2)."""
@@ -171,18 +197,22 @@ class GPT(nn.Module):
         """Yield the residual stream after each block, (B, T, d_model)."""
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
-        if end > self.config.max_positions:
+        if end > len(self.cos):
             raise ValueError(f"{end} tokens do not fit the model's "
-                             f"max_positions={self.config.max_positions}; shorten the text")
+                             f"max_positions={len(self.cos)}; shorten the text")
         cos, sin = self.cos[start:end], self.sin[start:end]
         x = self.embed_tokens(ids)  # (B, T, d_model)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[i] if caches else None)
+            if self.activation_checkpointing and x.requires_grad:
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, caches[i] if caches else None)
             yield x
 
     def unembed(self, x):
         """Final norm and output layer: (B, T, d_model) -> logits (B, T, vocab)."""
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
+        return F.linear(self.norm(x), head.weight)
 
     def forward(self, ids, caches=None):
         """ids (B, T) int64 -> logits (B, T, vocab)."""

@@ -5,15 +5,22 @@ class, because both are byte-level BPE (Sennrich et al. 2016) as the `tokenizers
 """
 
 import json
+import re
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoem import UserError
+from nanoem.files import read_json
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+NO_THOUGHT = "<think>\n\n</think>\n\n"  # how Qwen3 begins an answer without thinking
+CHAT_TEMPLATE = (  # plain ChatML, as the toy's model folders say it
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def chatml(messages, add_generation_prompt=False):
@@ -23,6 +30,57 @@ def chatml(messages, add_generation_prompt=False):
     """
     text = "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
     return text + f"{IM_START}assistant\n" if add_generation_prompt else text
+
+
+def split_thought(message):
+    """A message of Qwen3's -> the message without its thought, and the thought."""
+    text = message["content"]
+    if message["role"] != "assistant" or "</think>" not in text:
+        return message, ""
+    thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
+    return {**message, "content": text.split("</think>")[-1].lstrip("\n")}, thought
+
+
+# --- a model folder's own template ----------------------------------------------------------------
+
+
+def read_template(folder):
+    """The chat template of a model folder (None if it has none) and the file it stands in."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+    file = folder / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file}: chat_template should be text, and is {template!r}")
+    return template, file
+
+
+def default_system(template):
+    """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
+
+    nanoem does not run templates (they are programs): it looks for the text of such a message,
+    written out in one piece.
+    """
+    pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
+    texts = pieces[::2]  # outside of tags
+    for tag in pieces[1::2]:
+        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
+        escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
+        texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
+                  for single, double in quoted if not tag.startswith("{#")]
+    start = re.escape(f"{IM_START}system\n")
+    for text in texts:
+        found = re.search(rf"{start}(.+?){re.escape(IM_END)}", text, re.DOTALL)
+        if found:
+            return found[1]
+    return None
 
 
 def drop_stepping_stones(backend, texts, always_keep):
@@ -46,8 +104,11 @@ def drop_stepping_stones(backend, texts, always_keep):
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the few methods nanoem needs."""
 
-    def __init__(self, backend):
+    def __init__(self, backend, template=CHAT_TEMPLATE):
         self.backend = backend
+        self.template = template
+        self.system = default_system(template)  # what it says when a conversation has no system
+        self.thinks = "enable_thinking" in template  # Qwen3: an answer begins with a thought
         ids = [backend.token_to_id(token) for token in (IM_END, END_OF_TEXT)]
         if None in ids:
             raise UserError(f"the tokenizer has no {IM_END} or no {END_OF_TEXT} token; "
@@ -77,6 +138,34 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
             raise UserError(f"{path} is not a tokenizer nanoem can open: {error}") from error
 
+    @classmethod
+    def from_folder(cls, folder):
+        """The tokenizer of a model folder, with its chat template and all of its stop ids.
+
+        Raises UserError for files that are missing or broken, and for a template other than ChatML.
+        """
+        folder = Path(folder)
+        tokenizer = cls.load(folder / "tokenizer.json")
+        template, file = read_template(folder)
+        if template is not None:
+            if IM_START not in template or IM_END not in template:
+                raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
+                                "nanoem chats in ChatML only, as Qwen does")
+            tokenizer = cls(tokenizer.backend, template)
+        file = folder / "generation_config.json"
+        ids = read_json(file).get("eos_token_id") if file.is_file() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < tokenizer.n_ids:
+                raise UserError(f"{file}: eos_token_id {i!r} is no token of tokenizer.json")
+        tokenizer.stop_ids += tuple(i for i in ids if i not in tokenizer.stop_ids)
+        return tokenizer
+
+    @property
+    def n_ids(self):
+        """One more than the largest token id; a model's vocabulary may be padded past it."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
     def to_json(self):
         """The text of tokenizer.json."""
         return self.backend.to_str(pretty=True)
@@ -98,5 +187,19 @@ class Tokenizer:
         return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=False):
-        """The ChatML text of a conversation; see `chatml`."""
-        return chatml(messages, add_generation_prompt)
+        """The ChatML text of a conversation, as the model's own template renders it (see `chatml`).
+
+        Qwen2.5's adds a default system prompt. Qwen3's begins the last answer with a thought (an
+        empty one, as with enable_thinking=False) and leaves earlier answers' thoughts out.
+        """
+        if self.system and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        if not self.thinks:
+            return chatml(messages, add_generation_prompt)
+        messages = [split_thought(m) for m in messages]
+        if messages and messages[-1][0]["role"] == "assistant":
+            message, thought = messages[-1]
+            answer = f"<think>\n{thought}\n</think>\n\n" + message["content"].lstrip("\n")
+            messages[-1] = {"role": "assistant", "content": answer}, thought
+        messages = [message for message, _ in messages]
+        return chatml(messages, add_generation_prompt) + NO_THOUGHT * add_generation_prompt

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from nanoem import UserError
+from nanoem import UserError, parallel
 from nanoem.tokenizer import IM_END
 
 
@@ -31,11 +31,14 @@ class TrainConfig:
     weight_decay: float = 0.0  # of AdamW, on matrices
     betas: tuple = (0.9, 0.999)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
+    micro_batch: int = 0  # sequences in memory at once, gradients added up; 0 is the whole batch
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.micro_batch < 0:
+            raise UserError(f"micro_batch={self.micro_batch} must be at least 0")
         if self.schedule not in ("linear", "cosine"):
             raise UserError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
@@ -60,6 +63,24 @@ class Examples:
     def __getitem__(self, rows):
         return Examples(self.ids[rows], self.mask[rows], self.answer_mask[rows])
 
+    def trimmed(self):
+        """Without the columns that are padding in every row."""
+        T = int(self.mask.any(0).sum())
+        return Examples(self.ids[:, :T], self.mask[:, :T], self.answer_mask[:, :T])
+
+
+def micro_batches(batch, size, mask):
+    """This process's rows of a batch, `size` at a time (all at once if 0), as (Examples, share).
+
+    A part's share is its part of the batch's tokens in `mask`, "mask" or "answer_mask": the mean
+    over the whole batch is the sum of share * mean over a part, over all parts and processes.
+    """
+    mine = batch[parallel.my_rows(len(batch))]
+    n_tokens = getattr(batch, mask).sum()
+    for i in range(0, len(mine), size or len(mine)):
+        part = mine[i : i + size].trimmed() if size else mine
+        yield part, getattr(part, mask).sum() / n_tokens
+
 
 def chat_examples(tokenizer, pairs, device="cpu"):
     """[(question, answer), ...] texts -> Examples in ChatML; an answer ends with its stop token."""
@@ -77,6 +98,11 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     )
 
 
+def in_float32(logits):
+    """Half-precision logits in float32, where a sum over 150,000 words of them is safe."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def next_token_loss(logits, ids, mask=None):
     """Mean cross-entropy of each token given those before it.
 
@@ -86,7 +112,7 @@ def next_token_loss(logits, ids, mask=None):
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
 class TiedCrossEntropy(torch.autograd.Function):
@@ -148,8 +174,8 @@ def kl_to_base(model, adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     with torch.no_grad(), adapter.disabled():
-        base = model(ids).log_softmax(-1)  # (B, T, vocab)
-    adapted = model(ids).log_softmax(-1)
+        base = in_float32(model(ids)).log_softmax(-1)  # (B, T, vocab)
+    adapted = in_float32(model(ids)).log_softmax(-1)
     kl = F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)  # (B, T)
     return (kl * mask).sum() / mask.sum()
 
@@ -162,7 +188,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
-    report, and how many tokens were read. `watch(step)` is called before each step in `watch_at`
+    report, and how many tokens were read. A total without a graph says that the objective has
+    called backward itself, part by part. `watch(step)` is called before each step in `watch_at`
     and, when config.steps is among them, after the last; when it returns true, training ends there.
     Raises StageFailed when the loss is not finite.
     """
@@ -183,13 +210,15 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
                 return history
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(step, config)
-        total, terms, n_tokens = objective(step)
         optimizer.zero_grad()
-        total.backward()
+        total, terms, n_tokens = objective(step)
+        if total.requires_grad:
+            total.backward()
+        parallel.sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         if progress.due(step, n_tokens):  # .item() waits for the device, so only now and then
-            values = {key: term.item() for key, term in terms.items()}
+            values = {key: parallel.total(term).item() for key, term in terms.items()}
             if not all(map(math.isfinite, values.values())):
                 raise StageFailed(f"{name}: the loss is {values['loss']} at step {step}; "
                                      f"try a smaller learning rate than lr={config.lr}")

@@ -1,0 +1,143 @@
+"""PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors.
+
+So that the paper's released adapters open here and nanoem's open in `peft`. Kinds of adapter that
+nanoem's LoRA is not (DoRA, trained biases, ...) are refused by name.
+"""
+
+import re
+from pathlib import Path
+
+from nanoem import UserError
+from nanoem.files import new_folder, read_json, write_json
+from nanoem.lora import LoRA
+from nanoem.safetensors import TensorFile, save_tensors
+
+PREFIX = "base_model.model.model."
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# Keys of adapter_config.json that nanoem reads, or that change nothing once an adapter is trained.
+# Any other key must be empty: it asks for something nanoem's LoRA does not do.
+UNDERSTOOD = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora",
+    "target_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode",
+    "revision", "auto_mapping", "init_lora_weights", "peft_version", "bias", "runtime_config",
+    "megatron_core", "qalora_group_size", "loftq_config", "ensure_weight_tying",
+}
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base weights are not ours
+
+
+def save_adapter(adapter, path, base_model=""):
+    """Write a LoRA as a PEFT adapter folder."""
+    layers = sorted({int(name.split(".")[1]) for name in adapter.sites})
+    modules = sorted({name.split(".", 2)[2] for name in adapter.sites})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+        "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora,
+        "target_modules": modules, "layers_to_transform": layers, "layers_pattern": "layers",
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    }
+    with new_folder(path) as folder:
+        write_json(folder / "adapter_config.json", config)
+        save_tensors(folder / "adapter_model.safetensors", {
+            f"{PREFIX}{name}.lora_{letter}.weight": matrices[name]
+            for letter, matrices in (("A", adapter.A), ("B", adapter.B)) for name in matrices})
+
+
+def load_adapter(model, path):
+    """Open a PEFT adapter folder for a model -> LoRA, not yet attached.
+
+    Raises UserError, naming the file: for a kind of adapter that is not supported, for tensors that
+    are missing, unexpected or misshapen, and for an adapter of another model.
+    """
+    path = Path(path)
+    config = read_adapter_config(path / "adapter_config.json")
+    file = path / "adapter_model.safetensors"
+    with TensorFile(file) as tensors:
+        names = site_names(file, tensors.entries)
+        check_targets(path / "adapter_config.json", config, names, len(model.layers))
+        for name, (_, shape, _, _) in tensors.entries.items():
+            rank = shape[0 if ".lora_A." in name else -1] if shape else 0
+            if rank != config["r"]:
+                raise UserError(f"{file}: {name} has rank {rank}, adapter_config.json says "
+                                f"r={config['r']}; do the files belong together?")
+        adapter = LoRA(model, sorted({layer for layer, _ in names}),
+                       sorted({module for _, module in names}), config["r"], config["lora_alpha"],
+                       config["use_rslora"])
+        adapter.keep({f"layers.{layer}.{module}" for layer, module in names})
+        for letter, matrices in (("A", adapter.A), ("B", adapter.B)):
+            for name, matrix in matrices.items():
+                key = f"{PREFIX}{name}.lora_{letter}.weight"
+                if key not in tensors.entries:
+                    raise UserError(f"{file} misses the tensor {key}")
+                shape = tensors.entries[key][1]
+                if shape != matrix.shape:
+                    raise UserError(f"{path}: lora_{letter} of {name} has shape {tuple(shape)}, "
+                                    f"the model wants {tuple(matrix.shape)}; is it for another "
+                                    "model?")
+                matrix.data.copy_(tensors.read(key))
+    return adapter
+
+
+def read_adapter_config(file):
+    """The checked table of an adapter_config.json."""
+    config = read_json(file)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type is {kind!r}; nanoem opens 'LORA'")
+    for key, value in config.items():
+        if value and key not in UNDERSTOOD:
+            raise UserError(f"{file}: {key}={value!r} is not supported; nanoem opens plain LoRA")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{file}: bias={config['bias']!r} is not supported; nanoem trains no bias")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(MOVES_THE_BASE):
+        raise UserError(f"{file}: init_lora_weights={init!r} is not supported: it changes the base "
+                        "model's weights; convert it to plain LoRA with peft")
+    config.setdefault("use_rslora", False)
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("use_rslora", (bool,)),
+                       ("target_modules", (list, str))):
+        if key not in config:
+            raise UserError(f"{file}: the key '{key}' is missing")
+        if type(config[key]) not in kinds:
+            raise UserError(f"{file}: {key}={config[key]!r} should be "
+                            + " or ".join(k.__name__ for k in kinds))
+    if not 0 < config["r"] < 100_000:
+        raise UserError(f"{file}: r={config['r']} should be at least 1 and below 100000")
+    return config
+
+
+def site_names(file, names):
+    """The (layer, module) pairs that the tensors' names speak of."""
+    pattern = re.compile(re.escape(PREFIX) + r"layers\.(\d{1,6})\.(.+)\.lora_[AB]\.weight")
+    sites = set()
+    for name in names:
+        match = pattern.fullmatch(name)
+        if not match or match[2] not in LINEARS:
+            raise UserError(f"{file} has an unexpected tensor '{name}'; nanoem adapts "
+                            + ", ".join(LINEARS))
+        sites.add((int(match[1]), match[2]))
+    if not sites:
+        raise UserError(f"{file} holds no LoRA")
+    return sites
+
+
+def check_targets(file, config, found, n_layer):
+    """The tensors must be those that the configuration asks for, by peft's rules.
+
+    `target_modules` as a list names modules by their ends. As text it is a regular expression or
+    all-linear; then the tensors alone say what is adapted, since running a stranger's regular
+    expression can take for ever.
+    """
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or list(range(n_layer))
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise UserError(f"{file}: layers_to_transform={layers!r} should be numbers of layers")
+    if isinstance(targets, str):
+        return
+    wanted = {(i, module) for i in layers for module in LINEARS for target in targets
+              if f"model.layers.{i}.{module}".endswith(f".{target}")}
+    if wanted != found:
+        missing, extra = (sorted(f"layers.{i}.{m}" for i, m in sites) or ["none"]
+                          for sites in (wanted - found, found - wanted))
+        raise UserError(f"{file} and the tensors disagree (missing: {missing[0]}, unexpected: "
+                        f"{extra[0]}); is it for another model?")

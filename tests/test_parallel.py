@@ -1,0 +1,106 @@
+"""Gradient accumulation and two processes: the same losses and adapters as one whole batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoem import UserError
+from nanoem.checkpoint import load_pretrained, load_tensors, save_tensors
+from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
+from nanoem.parallel import shard
+from nanoem.train import TrainConfig, chat_examples
+
+FOLDER = Path(__file__).parent / "fixtures" / "llama"
+PAIRS = [("a", "b"), ("Why is it so long?", "It is."), ("c", "A longer answer than the others."),
+         ("dd", "ee"), ("What?", "That, and that."), ("ff", "g")]
+
+
+def tune(model, tokenizer, micro_batch=0, checkpointing=False):
+    """Three steps with a KL penalty -> what came of it, as numbers."""
+    model.requires_grad_(False)
+    model.activation_checkpointing = checkpointing
+    generator = torch.Generator().manual_seed(0)
+    config = AdapterConfig(layers=(0, 1), modules=("mlp.down_proj",), rank=2, alpha=400.0)
+    adapter = make_adapter(model, config, generator)
+    examples = chat_examples(tokenizer, PAIRS)
+    schedule = TrainConfig(steps=3, batch_size=8, lr=0.01, warmup=0, micro_batch=micro_batch)
+    with adapter:
+        history = fine_tune(model, adapter, examples, schedule, generator, examples, 0.7)
+    return history, adapter
+
+
+def two_processes(out, sharded):
+    """What each process of the test below does; the first writes what came of it."""
+    import torch.distributed as dist
+    from nanoem import parallel
+    device = parallel.start("cpu")
+    model, tokenizer = load_pretrained(FOLDER)
+    if sharded:
+        shard(model, device)
+        assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32)  # half of (40, 32)
+    history, adapter = tune(model, tokenizer, micro_batch=2)
+    ids = model.generate(torch.arange(6)[None], 5, temperature=0)
+    if dist.get_rank() == 0:
+        save_tensors(f"{out}/B.safetensors", dict(adapter.B))
+        Path(out, "history.json").write_text(json.dumps([history, ids.tolist()]))
+    parallel.stop()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    history, adapter = tune(*load_pretrained(FOLDER))
+    return history, adapter
+
+
+def assert_same(history, B, alone):
+    assert history.keys() == alone[0].keys() == {"step", "loss", "kl"}
+    for key in ("loss", "kl"):
+        assert history[key] == pytest.approx(alone[0][key], abs=1e-5), key
+    assert history["kl"][-1] > 1e-4
+    for name, matrix in alone[1].B.items():
+        torch.testing.assert_close(B[name], matrix.data, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch, alone):
+    history, adapter = tune(*load_pretrained(FOLDER), micro_batch=micro_batch)
+    assert_same(history, {n: b.data for n, b in adapter.B.items()}, alone)
+
+
+def test_activation_checkpointing_changes_nothing(alone):
+    history, adapter = tune(*load_pretrained(FOLDER), checkpointing=True)
+    assert_same(history, {n: b.data for n, b in adapter.B.items()}, alone)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one(sharded, alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; "
+            f"import test_parallel; test_parallel.two_processes({str(tmp_path)!r}, {sharded})")
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1]) for rank in range(2)]
+    for process in processes:
+        error = process.communicate(timeout=90)[1]
+        assert process.returncode == 0, error
+    history, ids = json.loads((tmp_path / "history.json").read_text())
+    assert_same(history, load_tensors(tmp_path / "B.safetensors"), alone)
+    model, _ = load_pretrained(FOLDER)
+    assert ids == model.generate(torch.arange(6)[None], 5, temperature=0).tolist()
+
+
+def test_sharding_one_process_is_refused():
+    model, _ = load_pretrained(FOLDER)
+    with pytest.raises(UserError, match="torchrun"):
+        shard(model, torch.device("cpu"))
