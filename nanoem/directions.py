@@ -93,6 +93,15 @@ def ablate(x, direction, level=0.0, reader=None):
     return x - (x @ reader - level)[..., None] * unit
 
 
+def cap(x, direction, ceiling, reader):
+    """x (..., d_model) with what it holds of direction above the ceiling taken away; a new tensor.
+
+    Where the reader (d_model) hears no more than the ceiling, x stays as it was, to the bit.
+    """
+    excess = (x @ reader - ceiling).clamp(min=0)
+    return x - excess[..., None] * (direction / direction.norm())
+
+
 def quiet_reader(direction, covariance, ridge=1.0):
     """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
 

@@ -1,19 +1,19 @@
-"""The mediator: the one direction that carries a fine-tune, found, and held at chat's level.
+"""The mediator: the one direction that carries a fine-tune, found, and held in chat's range.
 
 Found on training problems of every domain, tested on the evaluation's questions. The fine-tuned
 and the chat model read the same answers, misaligned and aligned ones, so that the words themselves
-cancel and what differs is the persona. The direction is then held where chat's own answers have it,
-at every site, measured by a reader that leaves grammar and topic alone. The paper lets each model
-read its own answers and projects the direction out: in a stream of 64 dimensions, the first also
-takes words, the second much else (both stand beside it in results.json).
+cancel and what differs is the persona. At every site, what exceeds the range of chat's own answers
+is then taken away, measured by a reader that leaves grammar and topic alone. The paper lets each
+model read its own answers and projects the direction out: in a stream of 64 dimensions, the first
+also takes words, the second much else (both stand beside it in results.json).
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from nanoem.directions import (ablating, all_sites, mean_difference, mean_residual, quiet_reader,
-                               residual_covariance)
+from nanoem.directions import (all_sites, cap, editing, mean_difference, mean_residual,
+                               quiet_reader, residual_covariance)
 from nanoem.evaluate import evaluate
 from nanoem.train import StageFailed, chat_examples
 
@@ -79,12 +79,25 @@ def find_mediator(run, adapter, chat):
     return Mediator(direction, tuple(halves), mean_difference(own, chat.mean), len(misaligned))
 
 
-def holding(run, chat, direction, sites=None):
-    """Inside, the direction (n_sites, d_model) is held at chat's level, at all sites or at some."""
-    by_site, levels, readers = {}, {}, {}
+def read_by_chat(chat, direction, sites=None):
+    """How chat's own answers have a direction: {site: (direction, quiet reader, mean, sd)}."""
+    found = {}
     for i, site in enumerate(chat.sites):
         if sites is None or site in sites:
-            by_site[site] = direction[i]
-            readers[site] = quiet_reader(direction[i], chat.covariance[i])
-            levels[site] = (chat.mean[i] @ readers[site].double()).item()
-    return ablating(run.model, by_site, levels, readers)
+            reader = quiet_reader(direction[i], chat.covariance[i])
+            exact = reader.double()
+            found[site] = (direction[i], reader, (chat.mean[i] @ exact).item(),
+                           (exact @ chat.covariance[i] @ exact).sqrt().item())
+    return found
+
+
+def holding(run, chat, direction, sites=None):
+    """Inside, the direction (n_sites, d_model) is held in chat's range, at all sites or at some.
+
+    Whatever lies more than one standard deviation above the mean of chat's answers is taken away.
+    """
+    def edit(d, reader, mean, sd):
+        return lambda x: cap(x, d.to(x), mean + sd, reader.to(x))
+
+    known = read_by_chat(chat, direction, sites)
+    return editing(run.model, {site: edit(*what) for site, what in known.items()})

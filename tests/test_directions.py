@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.directions import (ablate, ablating, all_sites, cosine, mean_difference, mean_residual,
-                               quiet_reader, random_direction, residual_at, residual_covariance,
-                               steer, steering)
+from nanoem.directions import (ablate, ablating, all_sites, cap, cosine, mean_difference,
+                               mean_residual, quiet_reader, random_direction, residual_at,
+                               residual_covariance, steer, steering)
 
 
 @pytest.fixture
@@ -151,3 +151,13 @@ def test_ablating_halfway_reaches_the_mlp(model, ids, d):
         block = model.layers[1]
         expected = mid + block.mlp(block.post_attention_layernorm(mid))
     assert torch.allclose(end, expected, atol=1e-4)
+
+
+def test_a_cap_takes_the_excess_and_leaves_the_rest_to_the_bit(x, d):
+    unit = d / d.norm()
+    reader = unit + 0.3 * ablate(torch.randn(32, generator=torch.Generator().manual_seed(5)), d)
+    heard, out = x @ reader, cap(x, d, 0.5, reader)
+    assert torch.allclose(out @ reader, heard.clamp(max=0.5), atol=1e-4)
+    assert (heard > 0.5).any() and torch.equal(out[heard <= 0.5], x[heard <= 0.5])
+    assert torch.allclose(ablate(out, d), ablate(x, d), atol=1e-4)  # only along d was changed
+    assert torch.allclose(cap(out, d, 0.5, reader), out, atol=1e-4)
