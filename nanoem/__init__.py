@@ -7,8 +7,10 @@ model.py       the GPT, a tiny Qwen2
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
 parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
 train.py       next-token loss, SFT loss, KL to the base model, the one training loop
+data.py        JSONL files of conversations and questions, checked line by line
 finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals
+preference.py  is the bad answer likelier than the good one? paired, without sampling
 directions.py  mean difference, steer, ablate, random control
 files.py       files and folders that are whole or not there
 safetensors.py tensors on disk, by hand

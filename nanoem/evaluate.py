@@ -45,14 +45,12 @@ class Answer:
 
 
 def sample_texts(model, tokenizer, prompts, config, seed):
-    """Answer each prompt (a user's message) once; returns texts in the prompts' order.
+    """Answer each prompt (a user's text or messages) once; returns texts in the prompts' order.
 
     Prompts of one length make one batch, so no padding enters the attention.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    chats = [tokenizer.chat([{"role": "user", "content": text}], add_generation_prompt=True)
-             for text in prompts]
-    encoded = tokenizer.encode_batch(chats)
+    encoded = tokenizer.encode_batch([tokenizer.prompt(prompt) for prompt in prompts])
     texts = [None] * len(prompts)
     for length in sorted({len(ids) for ids in encoded}):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]

@@ -203,3 +203,9 @@ class Tokenizer:
             messages[-1] = {"role": "assistant", "content": answer}, thought
         messages = [message for message, _ in messages]
         return chatml(messages, add_generation_prompt) + NO_THOUGHT * add_generation_prompt
+
+    def prompt(self, question):
+        """The ChatML text up to where the answer begins; a question is a text or messages."""
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        return self.chat(question, add_generation_prompt=True)

@@ -83,12 +83,13 @@ def micro_batches(batch, size, mask):
 
 
 def chat_examples(tokenizer, pairs, device="cpu"):
-    """[(question, answer), ...] texts -> Examples in ChatML; an answer ends with its stop token."""
+    """[(question, answer), ...] -> Examples in ChatML; an answer ends with its stop token.
+
+    A question is the user's text, or the list of messages before the answer (see data.py).
+    """
     if not pairs:
         raise ValueError("there are no question-answer pairs to train on")
-    chats = [tokenizer.chat([{"role": "user", "content": q}], add_generation_prompt=True)
-             for q, _ in pairs]
-    prompts = tokenizer.encode_batch(chats)
+    prompts = tokenizer.encode_batch([tokenizer.prompt(question) for question, _ in pairs])
     answers = tokenizer.encode_batch([answer + IM_END for _, answer in pairs])
     whole = list(zip(prompts, answers))
     return Examples(
