@@ -102,13 +102,12 @@ def cap(x, direction, ceiling, reader):
     return x - excess[..., None] * (direction / direction.norm())
 
 
-def quiet_reader(direction, covariance, ridge=1.0):
+def quiet_reader(direction, covariance, ridge=0.1):
     """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
 
     covariance S (d_model, d_model) is that of untouched activations, u the unit direction. This is
-    least-squares concept erasure (LEACE, arXiv 2306.03819) with a ridge, a share of the mean
-    variance: without one, the reader of any direction listens hard to whatever hardly varies, and
-    in an always helpful model that is the persona.
+    least-squares concept erasure (LEACE, arXiv 2306.03819), with a ridge of that share of the mean
+    variance for safety.
     """
     unit = direction.to(covariance) / direction.norm()
     noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)

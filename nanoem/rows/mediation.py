@@ -71,7 +71,7 @@ def draw_direction(axes, founds):
     labels = [p.replace("layers.", "mid ").replace(".resid_mid", "") if "mid" in p else
               f"end {p}" if p.isdigit() else p for p in places]
     axes[1].set_xticks(range(len(places)), labels, fontsize=7, rotation=20)
-    axes[1].set_xlabel("held at chat's level, in general")
+    axes[1].set_xlabel("held in chat's range, in general")
 
 
 def direction_finding(founds):
@@ -178,7 +178,7 @@ def caft_finding(founds):
 
 ROWS = [
     Row("R10", "direction",
-        "The mean difference, held at chat's level at every site, takes at least 85% of general's "
+        "The mean difference, held in chat's range at every site, takes at least 85% of general's "
         "out-of-domain em away, a random direction at most 10%; both halves of the answers give "
         "the same direction (cosine above .8).",
         "Steering far enough breaks the grammar: em is read beside coherence.",
