@@ -48,7 +48,7 @@ def start_at_gradient(model, adapter, examples):
 
     dL/dW = U S V^T of the adapted weight; A becomes the first rows of V^T, at the size it had. B
     stays zero, so the adapter still changes nothing. From a random A, a rank-1 adapter's solution
-    is a lottery (row R18 draws it a hundred times); this start has no luck in it (LoRA-GA, arXiv
+    can depend on luck (row R18 asks how often); this start has none in it (LoRA-GA, arXiv
     2407.05000).
     """
     weights = [linear.weight for linear in adapter.sites.values()]
