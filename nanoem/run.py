@@ -25,7 +25,7 @@ from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
 QUICK = {  # what --quick sets: the same stages in a smaller world
-    "world.n_domains": "4", "pretrain.steps": "300", "context": "64", "sft.steps": "60",
+    "world.n_domains": "4", "pretrain.steps": "240", "context": "64", "sft.steps": "60",
     "sft_kl.steps": "60", "curve_points": "3", "curve_samples": "30",
     "evaluation.samples_per_group": "100", "n_random": "2",
 }
