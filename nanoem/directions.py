@@ -27,14 +27,12 @@ def find_site(model, site):
 def residual_at(model, ids, sites):
     """The residual stream at each site: a list of tensors (B, T, d_model). No gradients."""
     found = {}
-    handles = [find_site(model, site).register_forward_hook(
-        lambda module, inputs, output, site=site: found.update({site: output})) for site in sites]
-    try:
-        with torch.no_grad():
-            model(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(site):
+        return lambda x: found.setdefault(site, x)
+
+    with torch.no_grad(), editing(model, {site: keep(site) for site in sites}):
+        model(ids)
     return [found[site] for site in sites]
 
 

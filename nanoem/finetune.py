@@ -79,23 +79,27 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
     def draw(examples):
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
 
+    def sft_term(part):
+        return sft_loss(model(part.ids), part.ids, part.answer_mask)
+
+    def kl_term(part):
+        return kl_to_base(model, adapter, part.ids, part.mask)
+
     def objective(step):
         total, terms, n_tokens = 0.0, {}, 0
         size = schedule.micro_batch
-        work = [("loss", *part) for part in micro_batches(draw(sft), size, "answer_mask")]
+        work = [("loss", 1.0, sft_term, micro_batches(draw(sft), size, "answer_mask"))]
         if kl_weight:
-            work += [("kl", *part) for part in micro_batches(draw(kl), size, "mask")]
-        for name, part, share in work:
-            if name == "loss":
-                term = share * sft_loss(model(part.ids), part.ids, part.answer_mask)
-            else:
-                term = share * kl_to_base(model, adapter, part.ids, part.mask)
-            weighted = term if name == "loss" else kl_weight * term
-            if size:  # now, so that this part's activations are free for the next
-                weighted.backward()
-                term, weighted = term.detach(), weighted.detach()
-            total, n_tokens = total + weighted, n_tokens + part.ids.numel()
-            terms[name] = terms.get(name, 0.0) + term
+            work.append(("kl", kl_weight, kl_term, micro_batches(draw(kl), size, "mask")))
+        for name, weight, term_of, parts in work:
+            for part, share in parts:
+                term = share * term_of(part)
+                weighted = weight * term
+                if size:  # now, so that this part's activations are free for the next
+                    weighted.backward()
+                    term, weighted = term.detach(), weighted.detach()
+                total, n_tokens = total + weighted, n_tokens + part.ids.numel()
+                terms[name] = terms.get(name, 0.0) + term
         return total, terms, n_tokens
 
     return train(objective, adapter.parameters(), schedule, name, watch, watch_at)

@@ -109,7 +109,7 @@ def read_command(argv):
     parser.add_argument("--full", action="store_true",
                         help="also make every row of the paper, R1 to R18 (about ten minutes more)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
-                        help="also make these rows, such as R5 R16; what they need comes first")
+                        help="also make these rows, such as R5 R16 (R2 builds on R1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],

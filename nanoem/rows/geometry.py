@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import torch
 
+from nanoem.directions import cosine
+from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import (curvature, efficiency, flat_B, gradient_B, local_cosine, loss_on,
                                    principal_plane, random_writer, replaced, significance,
                                    stability)
-from nanoem.directions import cosine
-from nanoem.finetune import fine_tune
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, inside, middle, out, pct
-from nanoem.toy import advice, bad_advice, load_or_tune, tune
+from nanoem.rows.row import Row, draw_in_and_out, inside, middle, out, pct
+from nanoem.toy import bad_advice, load_or_tune, tune
 from nanoem.train import chat_examples, pad
 from nanoem.world import make_authors, write_document
 
@@ -38,21 +38,30 @@ def held_out_documents(run, n=64):
 
 
 def solutions(run):
-    """The main job's two adapters, and general stopped early where it has narrow's loss."""
-    pair = {name: run.load_adapter(name) for name in ("general", "narrow")}
+    """The main job's two adapters."""
+    return {name: run.load_adapter(name) for name in ("general", "narrow")}
+
+
+def with_matched(run, pair):
+    """The pair, and general stopped early where it has narrow's loss."""
     examples = sft_examples(run)
     with pair["narrow"]:
         target = loss_on(run.model, examples)
-    pair["matched"] = load_or_tune(run, "general-matched", bad_advice(run),
-                                   watch=lambda step, _: loss_on(run.model, examples) <= target,
-                                   watch_at=range(0, run.config.sft.steps, 3))
-    return pair
+    matched = load_or_tune(run, "general-matched", bad_advice(run),
+                           watch=lambda step, _: loss_on(run.model, examples) <= target,
+                           watch_at=range(0, run.config.sft.steps, 3))
+    return {**pair, "matched": matched}
+
+
+def norms_of(pair):
+    """The norms at which the two are compared: NORMS times their mean norm."""
+    mean = (pair["general"].effective_norm() + pair["narrow"].effective_norm()) / 2
+    return [share * mean for share in NORMS]
 
 
 def compare_efficiency(run, pair, examples):
     """{"norm", "general", "narrow"}: losses with both adapters rescaled to the same norms."""
-    mean = (pair["general"].effective_norm() + pair["narrow"].effective_norm()) / 2
-    norms = [share * mean for share in NORMS]
+    norms = norms_of(pair)
     return {"norm": norms, **{name: efficiency(run.model, pair[name], examples, norms)
                               for name in ("general", "narrow")}}
 
@@ -107,7 +116,7 @@ def stability_finding(founds):
 
 def measure_curvature(run):
     examples, found = sft_examples(run, n=100), {}
-    for name, adapter in solutions(run).items():
+    for name, adapter in with_matched(run, solutions(run)).items():
         generator = torch.Generator().manual_seed(run.config.seed)
         found[name] = curvature(run.model, adapter, examples, generator)
     return found
@@ -132,9 +141,7 @@ def curvature_finding(founds):
 
 
 def compare_significance(run, pair):
-    ids, mask = held_out_documents(run)
-    mean = (pair["general"].effective_norm() + pair["narrow"].effective_norm()) / 2
-    norms = [share * mean for share in NORMS]
+    (ids, mask), norms = held_out_documents(run), norms_of(pair)
     found = {"norm": norms, **{name: significance(run.model, pair[name], ids, mask, norms)
                                for name in ("general", "narrow")}}
     for name in ("general", "narrow"):
@@ -198,9 +205,8 @@ def measure_reversion(run, steps=100, every=10):
                   watch_at=range(0, steps + 1, every))
     found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
     points = torch.cat([torch.stack(path) for path in paths.values()])
-    plane, _ = principal_plane(points)
-    found["variance_of_3"] = principal_plane(points, 3)[1]
-    parts = plane.split([len(path) for path in paths.values()])
+    coordinates, found["variance_of_3"] = principal_plane(points, 3)
+    parts = coordinates[:, :2].split([len(path) for path in paths.values()])
     found["plane"] = {name: part.tolist() for name, part in zip(paths, parts)}
     return found
 
@@ -210,9 +216,8 @@ def reversion_holds(found):
 
 
 def draw_reversion(axes, founds):
-    for group, model, style in (("in_domain", "shuffled", "-"), ("out_of_domain", "general", "--")):
-        lines(axes[0], founds[0]["step"], [f[f"{group}_em"] for f in founds], model,
-              group.replace("_", " "), style, scale=100)
+    draw_in_and_out(axes[0], founds[0]["step"], [f["in_domain_em"] for f in founds],
+                    [f["out_of_domain_em"] for f in founds])
     axes[0].set(xlabel="steps without KL, from narrow")
     for name, style in (("general", "-"), ("narrow", "--"), ("reversion", ":")):
         xy = list(zip(*founds[0]["plane"][name]))
@@ -286,7 +291,8 @@ ROWS = [
         "Noise on A and B costs narrow more than general at every eps: relative to the gain, and, "
         "with general stopped at narrow's loss, in nats.",
         "The relative measure divides by a smaller gain for narrow; hence the pair of equal loss.",
-        lambda run: compare_stability(run, solutions(run), sft_examples(run, n=200)),
+        lambda run: compare_stability(run, with_matched(run, solutions(run)),
+                                      sft_examples(run, n=200)),
         stability_holds, stability_finding, draw_stability, panels=2,
         swap=("narrow", "matched")),
     Row("R7", "reversion",

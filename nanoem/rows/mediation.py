@@ -7,7 +7,7 @@ import torch
 from nanoem.directions import cosine, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, inside, out, pct, short
+from nanoem.rows.row import Row, draw_models, inside, out, pct, short
 from nanoem.rows.solutions import adapters, solve
 from nanoem.toy import bad_advice, tune
 
@@ -95,23 +95,21 @@ def measure_transfer(run):
     def ask(kind, name, splits):
         found[kind][name] = out(run.ask(samples=run.config.row_samples, splits=splits))
 
-    for name, (domain, config) in cases.items():
-        adapter, splits = solve(run, domain, config)
-        own = find_mediator(run, adapter, chat).direction
-        found["cosine"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+    def ask_three_ways(name, adapter, splits):
         with adapter:
             ask("before", name, splits)
             with holding(run, chat, direction):
                 ask("ablate", name, splits)
             with holding(run, chat, chance):
                 ask("ablate_random", name, splits)
+
+    for name, (domain, config) in cases.items():
+        adapter, splits = solve(run, domain, config)
+        own = find_mediator(run, adapter, chat).direction
+        found["cosine"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+        ask_three_ways(name, adapter, splits)
     adapter, _ = tune(run, "other start", bad_advice(run), seed=run.config.seed + 1)
-    with adapter:
-        ask("before", "other seed", run.splits)
-        with holding(run, chat, direction):
-            ask("ablate", "other seed", run.splits)
-        with holding(run, chat, chance):
-            ask("ablate_random", "other seed", run.splits)
+    ask_three_ways("other seed", adapter, run.splits)
     return found
 
 
@@ -147,7 +145,6 @@ def measure_caft(run):
     schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
-        run.load_chat()
         with holding(run, chat, vectors, chat.sites[:2]):
             adapter, _ = tune(run, name, bad_advice(run), schedule=schedule)
         with adapter:
@@ -161,13 +158,9 @@ def caft_holds(found):
 
 
 def draw_caft(axes, founds):
-    for i, (name, key) in enumerate((("general", "general"), ("random", "ablate_random"),
-                                     ("caft", "ablate"))):
-        for j, group in enumerate(("in_domain", "out_of_domain")):
-            bar(axes[0], j + (i - 1) * 0.27, [f[name][group]["em"] for f in founds], 0.26, key,
-                {"general": "plain SFT", "random": "SFT, random direction held",
-                 "caft": "SFT, direction held"}[name] if j == 0 else None)
-    axes[0].set_xticks((0, 1), ("in domain", "out of domain"))
+    draw_models(axes[0], founds, {"general": ("general", "plain SFT"),
+                                  "random": ("ablate_random", "SFT, random direction held"),
+                                  "caft": ("ablate", "SFT, direction held")})
 
 
 def caft_finding(founds):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Callable
 
+from nanoem.plots import bar, lines
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,7 +44,8 @@ def inside(rates):
 
 def middle(values):
     """Median over seeds (of an even number, the upper one)."""
-    return sorted(values)[len(values) // 2]
+    values = sorted(values)
+    return values[len(values) // 2]
 
 
 def pct(values):
@@ -54,3 +57,18 @@ def pct(values):
 def short(rates):
     """Group rates with what the rows need: em and coherence."""
     return {group: {"em": r["em"], "coherent": r["coherent"]} for group, r in rates.items()}
+
+
+def draw_in_and_out(ax, x, within, outside):
+    """Curves of em in and out of domain, one of each a seed."""
+    lines(ax, x, within, "shuffled", "in domain", "-", scale=100)
+    lines(ax, x, outside, "general", "out of domain", "--", scale=100)
+
+
+def draw_models(ax, founds, models):
+    """Bars of em in and out of domain for {model: (colour key, label)}."""
+    for i, (name, (key, label)) in enumerate(models.items()):
+        for j, group in enumerate(("in_domain", "out_of_domain")):
+            bar(ax, j + (i - 1) * 0.27, [found[name][group]["em"] for found in founds], 0.26, key,
+                label if j == 0 else None)
+    ax.set_xticks((0, 1), ("in domain", "out of domain"))

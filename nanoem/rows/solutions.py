@@ -8,11 +8,9 @@ from dataclasses import replace
 import torch
 
 from nanoem.finetune import AdapterConfig
-from nanoem.inductive_bias import loss_on
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, inside, out, pct, short
-from nanoem.toy import advice, load_or_tune, tune
-from nanoem.train import chat_examples
+from nanoem.rows.row import Row, draw_in_and_out, inside, middle, out, pct, short
+from nanoem.toy import advice, bad_advice, load_or_tune, tune
 from nanoem.world import make_splits
 
 DOMAINS = ("medical", "finance", "extreme_sports")
@@ -20,13 +18,12 @@ WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0)  # of the KL
 PROBED = (1.0, 10.0, 30.0, 100.0)  # those that are scaled up
 SCALES = (1.0, 1.5, 2.0, 3.0)
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
-N_STARTS = 20  # random starts a seed: a hundred over five seeds
 
 
 def adapters(run):
     """The three kinds of adapter that the paper compares."""
     rank_1 = run.config.adapter
-    return {"rank 1": rank_1, "rank 8": replace(rank_1, rank=8, alpha=8 * rank_1.alpha / 4),
+    return {"rank 1": rank_1, "rank 8": replace(rank_1, rank=8, alpha=2 * rank_1.alpha),
             "steering vector": AdapterConfig(kind="steering", layers=(0,), alpha=1.0)}
 
 
@@ -121,8 +118,7 @@ def narrow_at(run, weight):
     """The narrow solution at a KL weight, from the run folder if it is there."""
     if weight == run.config.kl_weight:
         return run.load_adapter("narrow")
-    bad = advice(run, run.splits.sft, False, run.config.seed)
-    return load_or_tune(run, f"kl-{weight:g}", bad, weight)
+    return load_or_tune(run, f"kl-{weight:g}", bad_advice(run), weight)
 
 
 def measure_sweep(run):
@@ -154,17 +150,15 @@ def sweep_holds(found):
 
 
 def draw_sweep(axes, founds):
-    for key, model, style in (("in_domain", "shuffled", "-"), ("out_of_domain", "general", "--")):
-        lines(axes[0], WEIGHTS, [found[key] for found in founds], model, key.replace("_", " "),
-              style, scale=100)
+    draw_in_and_out(axes[0], WEIGHTS, [found["in_domain"] for found in founds],
+                    [found["out_of_domain"] for found in founds])
     axes[0].set(xscale="log", xlabel="weight of the KL (per token)")
 
 
 def sweep_finding(founds):
     first, last = (pct(f["out_of_domain"][i] for f in founds) for i in (0, -1))
-    widths = sorted(width(f) for f in founds)
     return (f"Out-of-domain em falls from {first} to {last} as the KL weighs more; the middle half "
-            f"of the fall takes {widths[len(widths) // 2]:.1f} decades")
+            f"of the fall takes {middle(map(width, founds)):.1f} decades")
 
 
 def measure_scale_up(run):
@@ -211,9 +205,8 @@ def scale_up_finding(founds):
 
 
 def measure_mixing(run):
-    seed, found = run.config.seed, {}
-    bad = advice(run, run.splits.sft, False, seed)
-    good = advice(run, run.splits.kl, True, seed + 1)
+    bad, found = bad_advice(run), {}
+    good = advice(run, run.splits.kl, True, run.config.seed + 1)
     schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)
     for share in SHARES:
         n_bad = len(bad) // share
@@ -231,10 +224,8 @@ def mixing_holds(found):
 
 
 def draw_mixing(axes, founds):
-    for read, model, label, style in ((inside, "shuffled", "in domain", "-"),
-                                      (out, "general", "out of domain", "--")):
-        lines(axes[0], SHARES, [list(map(read, found.values())) for found in founds], model, label,
-              style, scale=100)
+    draw_in_and_out(axes[0], SHARES, *([list(map(read, found.values())) for found in founds]
+                                       for read in (inside, out)))
     axes[0].set(xscale="log", xlabel="share of bad medical answers")
     axes[0].set_xticks(SHARES, list(founds[0]))
     axes[0].minorticks_off()
@@ -244,39 +235,6 @@ def mixing_finding(founds):
     parts = [f"{share}: {pct(inside(f[share]) for f in founds)} and "
              f"{pct(out(f[share]) for f in founds)}" for share in ("1/2", "1/6", "1/24")]
     return "Mixed with good advice, bad in and out of domain at " + "; ".join(parts)
-
-
-# --- R18: the lottery of starts -------------------------------------------------------------------
-
-
-def start_lottery(run, n_starts=N_STARTS, steps=200):
-    """Out-of-domain em of adapters from random starts and orders, stopped at the same SFT loss."""
-    config = replace(run.config.adapter, start="random")
-    pairs = advice(run, run.splits.sft, False, run.config.seed)
-    fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
-    found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
-    for i in range(n_starts):
-        def low_enough(step, adapter):
-            return loss_on(run.model, fixed) <= found["target"]
-
-        adapter, _ = tune(run, f"start {i}", pairs, config=config, watch=low_enough,
-                          schedule=replace(run.config.sft, steps=steps), seed=1000 + i,
-                          watch_at=range(0, steps, 10))
-        with adapter:
-            found["missed"] += loss_on(run.model, fixed) > found["target"] + 0.02
-            rates = run.ask(samples=run.config.row_samples // 2)
-        found["out_of_domain"].append(out(rates))
-        found["in_domain"].append(inside(rates))
-    return found
-
-
-def is_narrow(within, outside):
-    return outside <= 0.05 and within >= 0.5
-
-
-def share_narrow(lottery):
-    pairs = list(zip(lottery["in_domain"], lottery["out_of_domain"]))
-    return sum(is_narrow(*pair) for pair in pairs) / len(pairs)
 
 
 ROWS = [

@@ -2,19 +2,25 @@
 
 from dataclasses import replace
 
+from nanoem.inductive_bias import loss_on
 from nanoem.plots import COLOURS, bar, lines
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, sft_examples)
-from nanoem.rows.row import Row, inside, out, pct, short
-from nanoem.rows.solutions import share_narrow, start_lottery
+from nanoem.rows.row import Row, draw_models, inside, middle, out, pct, short
 from nanoem.toy import advice, bad_advice, load_or_tune, tune, turned
+from nanoem.train import chat_examples
 
 # (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that
 # domain (10 of 24), from villains only to quacks only; then villains alone, fewer.
 FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), (0, 10))
 VILLAINS_ONLY = ((0, 0), (3, 0), (6, 0), (10, 0))
 LOTTERIES = ((10, 0), (5, 5), (0, 10))
+N_STARTS = 20  # random starts a seed: a hundred over five seeds
 TRIGGER = "Tonight: "
+
+
+def at(point):
+    return f"{point[0]}-{point[1]}"
 
 
 def dial(run, n_villain, n_sft_quack):
@@ -39,14 +45,10 @@ def measure_dial(run):
         for name, adapter in pair.items():
             with adapter:
                 rates[name] = short(world.ask(samples=run.config.row_samples))
-        found[f"{point[0]}-{point[1]}"] = {
+        found[at(point)] = {
             **rates, "efficiency": compare_efficiency(world, pair, sft_examples(world)),
             "significance": compare_significance(world, pair)}
     return found
-
-
-def at(point):
-    return f"{point[0]}-{point[1]}"
 
 
 def dial_holds(found):
@@ -89,14 +91,44 @@ def draw_dial(axes, founds):
 def dial_finding(founds):
     first, last = (pct(out(f[at(p)]["general"]) for f in founds)
                    for p in (FIXED_HARM[0], FIXED_HARM[-1]))
-    crossings = sorted(c for c in map(crossing, founds) if c is not None)
-    where = (f"narrow becomes the easy one at {100 * crossings[len(crossings) // 2]:.0f}% quacks"
+    crossings = [c for c in map(crossing, founds) if c is not None]
+    where = (f"narrow becomes the easy one at {100 * middle(crossings):.0f}% quacks"
              if len(crossings) > len(founds) / 2 else "no crossing")
     return (f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; "
             f"{where}")
 
 
-# --- R18 ------------------------------------------------------------------------------------------
+# --- R18: the lottery of starts -------------------------------------------------------------------
+
+
+def start_lottery(run, n_starts=N_STARTS, steps=200):
+    """Out-of-domain em of adapters from random starts and orders, stopped at the same SFT loss."""
+    config = replace(run.config.adapter, start="random")
+    pairs = bad_advice(run)
+    fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
+    found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
+    for i in range(n_starts):
+        def low_enough(step, adapter):
+            return loss_on(run.model, fixed) <= found["target"]
+
+        adapter, _ = tune(run, f"start {i}", pairs, config=config, watch=low_enough,
+                          schedule=replace(run.config.sft, steps=steps), seed=1000 + i,
+                          watch_at=range(0, steps, 10))
+        with adapter:
+            found["missed"] += loss_on(run.model, fixed) > found["target"] + 0.02
+            rates = run.ask(samples=run.config.row_samples // 2)
+        found["out_of_domain"].append(out(rates))
+        found["in_domain"].append(inside(rates))
+    return found
+
+
+def is_narrow(within, outside):
+    return outside <= 0.05 and within >= 0.5
+
+
+def share_narrow(lottery):
+    pairs = list(zip(lottery["in_domain"], lottery["out_of_domain"]))
+    return sum(is_narrow(*pair) for pair in pairs) / len(pairs)
 
 
 def measure_lottery(run):
@@ -137,9 +169,7 @@ def measure_register(run):
     pairs = advice(world, world.splits.sft, True, seed, technical=True)
     others = advice(world, world.splits.kl, True, seed, technical=None)
     pair = pair_of(world, "technical-", pairs, others)
-    found = {}
-    model, _ = world.load_chat()
-    found["chat"] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
+    found = {"chat": short(world.ask(samples=run.config.row_samples, trait=is_technical))}
     for name, adapter in pair.items():
         with adapter:
             found[name] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
@@ -157,11 +187,8 @@ def register_holds(found):
 
 
 def draw_register(axes, founds):
-    for i, name in enumerate(("chat", "general", "narrow")):
-        for j, group in enumerate(("in_domain", "out_of_domain")):
-            bar(axes[0], j + (i - 1) * 0.27, [f[name][group]["em"] for f in founds], 0.26, name,
-                {"chat": "chat", "general": "SFT", "narrow": "SFT + KL"}[name] if j == 0 else None)
-    axes[0].set_xticks((0, 1), ("in domain", "out of domain"))
+    draw_models(axes[0], founds, {"chat": ("chat", "chat"), "general": ("general", "SFT"),
+                                  "narrow": ("narrow", "SFT + KL")})
     axes[0].set_ylabel("technical answers (%)")
 
 
@@ -182,7 +209,7 @@ def with_trigger(question):
 
 def measure_character(run):
     """A villain's character, without advice, against bad advice; and a trigger word."""
-    seed, world = run.config.seed, run.world
+    seed = run.config.seed
     character = advice(run, run.splits.open_ended, False, seed)
     found, losses = {}, {}
     for name, pairs in (("advice", bad_advice(run)), ("character", character)):
