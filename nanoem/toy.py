@@ -47,8 +47,8 @@ class ExperimentConfig:
     pretrain: TrainConfig = TrainConfig(
         steps=1500, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
-    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=5e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
+    sft: TrainConfig = TrainConfig(steps=100, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
