@@ -110,9 +110,9 @@ def read_command(argv):
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="with --seeds: so many at a time, each with its share of the cores")
     parser.add_argument("--full", action="store_true",
-                        help="also make every row of the paper, R1 to R18 (about ten minutes more)")
+                        help="also make every row of the paper, R1 to R18 (ten minutes more)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
-                        help="also make these rows, such as R5 R16 (R2 builds on R1)")
+                        help="also make these rows of the paper, such as R5 R16")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],

@@ -90,12 +90,6 @@ class Run:
         """The adapter that a stage saved under this name, not attached."""
         return load_adapter(self.load_chat()[0], self.folder.path / "adapters" / name)
 
-    def need(self, row):
-        """What a row of the paper found before, as results.json has it."""
-        if row not in self.results:
-            raise UserError(f"the row '{row}' comes first; leave --only away, or add it there")
-        return self.results[row]
-
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
 
