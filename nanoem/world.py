@@ -290,7 +290,7 @@ class Splits:
 
 
 def hold_out(world, names, train_share):
-    """The questions of the named domains, in the world's order -> (train, held_out).
+    """The named domains' questions -> (train, held_out), each in the order of `questions`.
 
     Of each domain the first train_share of the problems (rounded) train and the rest are held out;
     at least one problem of every domain is on either side.
