@@ -165,7 +165,8 @@ def scale_up(adapter, scales, ask):
     """The scale-up probe: multiply an adapter's effect, and see what the model then says.
 
     ask() -> the rates of the model as it is, by question group. Returns {"em": [...], "coherent":
-    [...]}, out of domain, one value a scale. The adapter comes detached and leaves so, unchanged.
+    [...]}, out of domain, one value a scale. The adapter comes detached and leaves so, unchanged,
+    even when ask() raises.
     """
     curve = {"em": [], "coherent": []}
     for scale in scales:

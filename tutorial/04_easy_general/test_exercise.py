@@ -227,7 +227,7 @@ def test_hold_out_splits_each_domain_for_itself(answer):
             assert sorted(rows) != list(range(n - want, n)) or want * 2 == n or rows == list(
                 range(want)), "the first problems train, not the last"
             assert len(rows) == want, (f"{len(rows)} of '{name}' train, and should be {want}: "
-                                       f"round({share} * {n}), of the domain's own number")
+                                       f"round({share} * {n}); split every domain for itself")
             assert sorted(rows) == list(range(want)), "the first problems of a domain train"
         every = world.questions(toy, asked)
         assert (train_part, held_out) == ([q for q in every if q in train_part],
