@@ -110,7 +110,7 @@ def test_ablate_projects_the_direction_out(answer):
         held = x @ unit
         want = x @ (torch.eye(shape[-1]).double() - torch.outer(unit, unit))
         for direction in (d, -0.2 * d):
-            check(answer.ablate(x, direction), want, {
+            check(answer.ablate(x.clone(), direction), want, {
                 "the direction is not normalised: use direction / direction.norm()":
                     x - along(x @ direction, direction),
                 "the direction is normalised only once: measure and take away along the unit":
@@ -133,7 +133,7 @@ def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
     for seed, shape in enumerate(SHAPES):
         x, d, unit, reader = some_x(seed, *shape)
         held = x @ unit
-        check(answer.ablate(x, d, 1.5), x - along(held - 1.5, unit), {
+        check(answer.ablate(x.clone(), d, 1.5), x - along(held - 1.5, unit), {
             "level is not used": x - along(held, unit),
             "the level has the wrong sign: what is above it is taken away":
                 x - along(held + 1.5, unit),
@@ -141,7 +141,7 @@ def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
                 x - along(held, unit) + 1.5 * d,
         }, "with a level, x @ unit must be that level after")
         heard = x @ reader
-        check(answer.ablate(x, d, -0.7, reader), x - along(heard + 0.7, unit), {
+        check(answer.ablate(x.clone(), d, -0.7, reader), x - along(heard + 0.7, unit), {
             "the reader is not used": x - along(held + 0.7, unit),
             "measure with the reader, but take away along the unit direction":
                 x - along(heard + 0.7, reader),
@@ -153,7 +153,7 @@ def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
             "the level is not used when there is a reader": x - along(heard, unit),
             "the sign is wrong: the component is added": x + along(heard + 0.7, unit),
         }, "with a reader, (x @ reader) must be the level after")
-        check(answer.ablate(x, d, 0.0, reader), x - along(heard, unit), {},
+        check(answer.ablate(x.clone(), d, 0.0, reader), x - along(heard, unit), {},
               "wrong with a reader and level 0")
 
 
@@ -375,7 +375,7 @@ def test_quiet_reader_is_that_of_the_formula(answer):
         values, vectors = torch.linalg.eigh(S + 0.1 * variance * eye)
         for ridge in (0.1, 0.5):
             right = inverse(ridge * variance)
-            check(answer.quiet_reader(direction, S, ridge), reader(right), {
+            check(answer.quiet_reader(direction, S.clone(), ridge), reader(right), {
                 "reader @ unit must be 1: divide by u S^-1 u": (right @ u).float(),
                 "divided by its norm; reader @ unit must be 1":
                     (right @ u / (right @ u).norm()).float(),
@@ -431,7 +431,7 @@ def test_cap_takes_the_excess(answer):
         heard = x @ reader
         ceiling = heard.median().item() + 0.1 if x.dim() > 1 else heard.item() - 0.8
         excess = (heard - ceiling).clamp(min=0)
-        check(answer.cap(x, d, ceiling, reader), x - along(excess, unit), {
+        check(answer.cap(x.clone(), d, ceiling, reader), x - along(excess, unit), {
             "that sets what is below the ceiling, too: only the excess is taken (clamp at 0)":
                 x - along(heard - ceiling, unit),
             "that raises what is below: a ceiling is no floor":
