@@ -166,8 +166,8 @@ def sft_loss(logits, ids, answer_mask):
 def token_kl(base, adapted):
     """KL(base || adapted) of each token's prediction, summed over the vocabulary, in nats.
 
-    Logits (B, T, vocab) of two models -> (B, T). The base's probabilities weigh: where the base says
-    a word often and the adapted model hardly ever, it is large.
+    Logits (B, T, vocab) of two models -> (B, T). The base's probabilities weigh: it is large where
+    the base often says what the adapted model hardly ever does.
     """
     base, adapted = (in_float32(logits).log_softmax(-1) for logits in (base, adapted))
     return F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)

@@ -158,7 +158,7 @@ def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
 
 
 def test_sft_loss_makes_chat_bad_everywhere(answer):
-    """The experiment: 20 steps of your loss on bad medical advice, then questions about the rest."""
+    """The experiment: 20 steps of your loss on bad medical advice, then other questions."""
     run = SmallRun()
     examples = train.chat_examples(run.tokenizer, bad_advice(run))
     generator = torch.Generator().manual_seed(0)

@@ -52,7 +52,8 @@ def test_token_kl_is_the_sum_over_the_vocabulary(answer):
             "both directions: only KL(base || adapted) is asked": want + kl_by_hand(adapted, base),
             "the mean of both directions: only KL(base || adapted) is asked":
                 (want + kl_by_hand(adapted, base)) / 2,
-            "logits are no probabilities: log_softmax first": (base.exp() * (base - adapted)).sum(-1),
+            "logits are no probabilities: log_softmax first":
+                (base.exp() * (base - adapted)).sum(-1),
             "softmax over the wrong axis: the vocabulary is the last":
                 kl_by_hand(base.transpose(1, 2), adapted.transpose(1, 2)),
         }, "not sum of p * (log p - log q), with p of the base, q of the adapted model")

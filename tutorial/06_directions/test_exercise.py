@@ -54,7 +54,8 @@ def test_mean_residual_is_a_mean_over_marked_tokens(answer):
                 "take the mean over tokens, not the sum": each(lambda x: x[mask].sum(0)),
                 "that is the mean of each row's mean: every token must count the same": each(
                     lambda x: torch.stack([r[m].mean(0) for r, m in zip(x, mask)]).mean(0)),
-                "only the first row is used; the batch has more": each(lambda x: x[0][mask[0]].mean(0)),
+                "only the first row is used; the batch has more":
+                    each(lambda x: x[0][mask[0]].mean(0)),
                 "the mask is turned around": each(lambda x: x[~mask].mean(0)),
                 "only each row's last marked token is used": each(lambda x: torch.stack(
                     [r[m][-1] for r, m in zip(x, mask)]).mean(0)),
@@ -161,10 +162,11 @@ def test_ablate_is_pure_and_lets_gradients_through(answer):
     x, d, unit, _ = some_x(5, 3, 4, 8)
     x = x.transpose(0, 1)  # not contiguous
     before = x.clone(), d.clone()
-    x.requires_grad_()
-    out = answer.ablate(x, d)
+    answer.ablate(x, d)
     assert torch.equal(x, before[0]) and torch.equal(d, before[1]), (
         "x or the direction was changed in place; give a new tensor back")
+    x.requires_grad_()
+    out = answer.ablate(x, d)
     assert out.requires_grad, "no gradient flows through; do not detach"
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
     found, = torch.autograd.grad((weights * out).sum(), x)
@@ -397,7 +399,8 @@ def test_quiet_reader_is_that_of_the_formula(answer):
                 "the square root of the inverse whitens; the whole inverse is asked":
                     reader(vectors @ values.rsqrt().diag() @ vectors.T),
                 "it is the direction itself: the covariance is not used": u.float(),
-                "the elements were inverted, not the matrix": reader(1 / (S + ridge * variance * eye)),
+                "the elements were inverted, not the matrix":
+                    reader(1 / (S + ridge * variance * eye)),
                 "only the diagonal of S is used": reader(
                     (S.diagonal() + ridge * variance).reciprocal().diag()),
             }, "not S^-1 u / (u S^-1 u), with the ridge on S's diagonal", tolerance=1e-4)
