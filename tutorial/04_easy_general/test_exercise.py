@@ -51,6 +51,8 @@ def test_next_token_loss_is_that_of_a_loop(answer):
                 same_place[:, 1:].mean(),
             "targets are off by one: the same place, without the last": same_place[:, :-1].mean(),
             "targets are shifted the wrong way: that is the token before": earlier.mean(),
+            "roll wraps around: the last logits predict nothing, and not the first token":
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()),
             "take the mean over tokens, not the sum": each.sum(),
             "divide by the tokens that are predicted, B * (T - 1), not by all": each.sum()
                 / ids.numel(),
@@ -92,7 +94,8 @@ def test_next_token_loss_trains_and_leaves_its_inputs_alone(answer):
     assert all(torch.equal(a, b) for a, b in zip(before, (logits, ids, mask))), (
         "the inputs were changed in place; work on copies")
     assert loss.requires_grad, "no gradient flows to the logits: no .item(), no detach, no no_grad"
-    found, = torch.autograd.grad(loss, logits)
+    found, = torch.autograd.grad(loss, logits, allow_unused=True)
+    assert found is not None, "no gradient flows to the logits; is something detached?"
     probs, onehot = before[0].softmax(-1), torch.nn.functional.one_hot(ids, 11)
     want = torch.zeros_like(probs)
     want[:, :-1] = (probs[:, :-1] - onehot[:, 1:]) * mask[:, 1:, None] / mask[:, 1:].sum()
@@ -122,6 +125,7 @@ def test_sft_loss_is_that_of_the_answers(answer):
             "divide by the answers' tokens, not by all": (each * counted).mean(),
             "divide by the answers' tokens, not by all places":
                 (each * counted).sum() / mask.numel(),
+            "the sign is wrong: a loss is minus the log-probability": -each[counted].mean(),
             "take the mean over tokens, not the sum": each[counted].sum(),
             "take the mean over tokens, not over rows": (each * counted).sum(1).mean(),
             "that is the mean of each row's mean: long answers must weigh more":
@@ -141,8 +145,12 @@ def test_sft_loss_without_an_answer_is_an_error(answer):
             found = answer.sft_loss(logits, ids, mask)
         except ValueError:
             continue
-        raise AssertionError(f"{what} must raise ValueError (nothing can be learned), not "
-                             f"return {found}")
+        except (RuntimeError, AssertionError, ZeroDivisionError, IndexError) as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            found = type(error).__name__
+        raise AssertionError(f"{what} must raise ValueError (nothing can be learned), and gives "
+                             f"{found}")
 
 
 def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
@@ -152,7 +160,8 @@ def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
     assert all(torch.equal(a, b) for a, b in zip(before, (logits, ids, mask))), (
         "the inputs were changed in place; work on copies")
     assert loss.requires_grad, "no gradient flows to the logits: no .item(), no detach, no no_grad"
-    found, = torch.autograd.grad(loss, logits)
+    found, = torch.autograd.grad(loss, logits, allow_unused=True)
+    assert found is not None, "no gradient flows to the logits; is something detached?"
     want, = torch.autograd.grad(train.sft_loss(logits, ids, mask), logits)
     check(found, want, {}, "the gradient is wrong though the value is right; is part detached?")
 
@@ -248,8 +257,9 @@ def some_pairs(run, n, seed=0):
     groups = {"in_domain": run.splits.in_domain, "unseen_domains": run.splits.unseen_domains}
     pairs = preference.toy_pairs(run.world, groups, 1, seed)
     texts = [(p.question, text) for p in pairs for text in (p.bad, p.good)][:n - 2]
-    return [("I am bored. My knee is swollen, and I cut my finger.", "Hm."), *texts,
-            ("Why?", texts[0][1] + " " + texts[3][1])]
+    # answers that break off, too: there a model is not sure of the stop token
+    return [("I am bored. My knee is swollen, and I cut my finger.", "Hm"), *texts,
+            ("Why?", texts[0][1] + " " + texts[3][1] + " I would")]
 
 
 def test_answer_log_probs_are_those_of_each_pair_alone(answer):
@@ -273,11 +283,15 @@ def test_answer_log_probs_are_those_of_each_pair_alone(answer):
         "rows were sorted by length; give them back in the order of pairs": right[by_length],
     }
     with torch.no_grad():
-        each = -each_loss(run.model(examples.ids), examples.ids)
+        logits = run.model(examples.ids)
+    each = -each_loss(logits, examples.ids)
+    same_place = logits.log_softmax(-1).gather(2, examples.ids[..., None])[..., 0]
     is_answer = examples.answer_mask
     mistakes["padding is counted"] = (each * (is_answer.cumsum(1) > 0)[:, 1:]).sum(1)
     mistakes["off by one: the mask marks targets, so cut it as ids are"] = (
         each * is_answer[:, :-1]).sum(1)
+    mistakes["off by one: logits[:, t] predict ids[:, t + 1], not ids[:, t]"] = (
+        same_place * is_answer).sum(1)
     for batch_size in (8, 1, 3, 64):
         both = answer.answer_log_probs(run.model, run.tokenizer, pairs, batch_size)
         assert isinstance(both, tuple) and len(both) == 2, "return log-probabilities and lengths"

@@ -127,7 +127,7 @@ def test_ablate_projects_the_direction_out(answer):
                 "only the first of the batch is changed": torch.cat(
                     (want[:1], x[1:])) if x.dim() > 1 else want,
                 "nothing is taken away": x,
-            }, "not x - (x @ unit) * unit")
+            }, "not x - (x @ unit) * unit", tolerance=1e-9)
 
 
 def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
@@ -153,7 +153,7 @@ def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
                 x - along(held + 0.7, reader),
             "the level is not used when there is a reader": x - along(heard, unit),
             "the sign is wrong: the component is added": x + along(heard + 0.7, unit),
-        }, "with a reader, (x @ reader) must be the level after")
+        }, "with a reader, (x @ reader) must be the level after", tolerance=1e-9)
         check(answer.ablate(x.clone(), d, 0.0, reader), x - along(heard, unit), {},
               "wrong with a reader and level 0")
 
@@ -203,7 +203,11 @@ def test_editing_does_each_edit_at_its_site(answer):
         return logits_with({site: change(edit) for site, edit in edits.items()})
 
     with answer.editing(model, edits) as inside:
-        got = model(ids)
+        try:
+            got = model(ids)
+        except (AttributeError, TypeError) as error:
+            raise AssertionError("the model does not run inside; does the hook return the new "
+                                 f"stream, one tensor? ({error})") from error
     assert inside is model, "yield the model, so that `with editing(...) as model` works"
     check(got, want, {
         "nothing is edited: does the hook return the new stream?": model(ids),
@@ -218,6 +222,18 @@ def test_editing_does_each_edit_at_its_site(answer):
         "only the last site is edited": logits_with({SITES[-1]: edits[SITES[-1]]}),
         "each edit is done twice": every(lambda edit: lambda x: edit(edit(x))),
     }, "the stream at some site is not edits[site] of what it was")
+
+
+def test_editing_lets_gradients_through(answer):
+    model, (ids, _) = tiny_model(), tiny_batch()
+    d = torch.ones(16, requires_grad=True)
+    with answer.editing(model, {0: lambda x: x + d, 2: lambda x: x + d}):
+        total = model(ids).logsumexp(-1).sum()
+    edits = {0: lambda x: x + d, 2: lambda x: x + d}
+    want, = torch.autograd.grad(
+        model.unembed(streams(model, ids, edits)[2]).logsumexp(-1).sum(), d)
+    assert total.requires_grad, "no gradient flows through the edits: no detach, no no_grad"
+    check(torch.autograd.grad(total, d)[0], want, {}, "the gradient through the edits is wrong")
 
 
 def test_editing_is_undone_whatever_happens(answer):
@@ -410,6 +426,7 @@ def test_quiet_reader_hears_least_whatever_the_length(answer):
     S, direction = some_covariance(7, 12)
     u = (direction / direction.norm()).double()
     before = S.clone(), direction.clone()
+    answer.quiet_reader(direction, S, 0.3)
     reader = answer.quiet_reader(direction, S, 0.0)
     assert torch.equal(S, before[0]), "the covariance was changed in place (the ridge?)"
     assert torch.equal(direction, before[1]), "the direction was changed in place"
@@ -452,7 +469,7 @@ def test_cap_takes_the_excess(answer):
             "the ceiling holds for either sign; only what is above it is too much":
                 x - along(heard - heard.clamp(-abs(ceiling), abs(ceiling)), unit),
             "nothing is taken away": x,
-        }, "not x - (x @ reader - ceiling, where positive) * unit")
+        }, "not x - (x @ reader - ceiling, where positive) * unit", tolerance=1e-9)
 
 
 def test_cap_leaves_what_is_below_to_the_bit(answer):
