@@ -26,7 +26,7 @@ def randn(*shape, seed=0):
 def check_side_effects(function, *inputs):
     """The inputs stay as they were, a gradient reaches each of them, and other layouts work."""
     before = [x.clone() for x in inputs]
-    want = function(*before)
+    want = function(*(x.clone() for x in inputs))
     got = function(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs)), (
         "the inputs were changed in place; work on new tensors")
