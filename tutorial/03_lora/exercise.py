@@ -6,10 +6,10 @@ from nanoem.train import sft_loss  # noqa: F401
 
 
 def lora_delta(x, A, B, alpha, use_rslora=False):
-    """What a LoRA adds to a Linear's output: (alpha / rank) * B A x; with rsLoRA it is
-    (alpha / sqrt(rank)) * B A x.
+    """What a LoRA adds to a Linear's output: scaling * B A x.
 
-    x (..., in), A (rank, in), B (out, rank) -> (..., out).
+    x (..., in), A (rank, in), B (out, rank) -> (..., out). The scaling is alpha / rank, with rsLoRA
+    alpha / sqrt(rank).
 
     Hint 1: nn.Linear computes x @ W.T; here W is the product B @ A.
     Hint 2: never build the (out, in) matrix; go through the rank: first x @ A.T.
