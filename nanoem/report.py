@@ -79,9 +79,14 @@ def write_report(results, folder, command):
     write_file(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
+def rows_in(results):
+    """The rows of the paper that every one of the results has."""
+    return [row for row in ROWS.values() if all(row.name in r for r in results)]
+
+
 def row_parts(results, folder):
     """For every row of the paper that all results have: what was predicted, and what was seen."""
-    made = [row for row in ROWS.values() if all(row.name in r for r in results)]
+    made = rows_in(results)
     parts = ["## The paper, row by row"] if made else []
     for row in made:
         founds = [r[row.name] for r in results]
@@ -91,6 +96,13 @@ def row_parts(results, folder):
                   f"us: {row.trap}",
                   f"![{row.name}](figures/{path.name})"]
     return parts
+
+
+def row_table(results):
+    """A table of the rows that all results have, as lists of text, header first."""
+    seen = [(row, [r[row.name] for r in results]) for row in rows_in(results)]
+    return [["row", "what was seen", "prediction"],
+            *([row.key, row.title(founds), row.verdict(founds)[0]] for row, founds in seen)]
 
 
 def sample_table(result):

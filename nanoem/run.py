@@ -21,6 +21,7 @@ from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
 from nanoem.report import print_table, write_report
 from nanoem.rows import ROWS
+from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
@@ -106,10 +107,12 @@ def read_command(argv):
     parser.add_argument("--seed", type=int, help="seed of everything random (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="several seeds, one after the other, and a report over them all")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="with --seeds: so many at a time, each with its share of the cores")
     parser.add_argument("--full", action="store_true",
-                        help="also make every row of the paper, R1 to R18 (about ten minutes more)")
+                        help="also make every row of the paper, R1 to R18 (ten minutes more)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
-                        help="also make these rows, such as R5 R16 (R2 builds on R1)")
+                        help="also make these rows of the paper, such as R5 R16")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
@@ -150,18 +153,25 @@ def build_config(args):
 
 
 def run(args, argv):
+    if args.jobs < 1 or args.jobs > 1 and not args.seeds:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
     config, device = build_config(args), pick_device(args.device)
     seeds = args.seeds or [config.seed]
     kind = "quick" if args.quick else "seed"
     out = args.out or Path("runs") / ("seeds" if args.seeds else f"{kind}-{config.seed}")
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
-    results = []
-    for seed in seeds:
-        folder = out / f"seed-{seed}" if args.seeds else out
-        print(f"seed {seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-        results.append(run_experiment(dataclasses.replace(config, seed=seed), folder, device,
-                                      pick_rows(args)))
-        write_report([results[-1]], folder, command)
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+    folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
+    if args.jobs > 1:
+        print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
+        results = run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
+    else:
+        results = []
+        for one, folder in zip(configs, folders):
+            print(f"seed {one.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+            results.append(run_experiment(one, folder, device, pick_rows(args)))
+    for result, folder in zip(results, folders):
+        write_report([result], folder, command)
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
         write_report(results, out, command)
