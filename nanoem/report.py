@@ -39,9 +39,9 @@ def table(results):
     return lines
 
 
-def markdown(lines):
+def markdown(lines, align="---:"):
     header, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rows])
+    return "\n".join([header, "|---|" + f"{align}|" * (len(lines[0]) - 1), *rows])
 
 
 def print_table(results):
@@ -113,4 +113,4 @@ def sample_table(result):
     for chat, general, narrow in zip(*last.values()):
         lines.append([chat[1], *(f"{answer} *[{mark}]*" for mark, _, answer in
                                  (chat, general, narrow))])
-    return markdown(lines).replace("---:", "---")
+    return markdown(lines, "---")

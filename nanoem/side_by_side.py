@@ -16,6 +16,7 @@ import torch
 
 from nanoem.experiment import STAGES, run_experiment
 from nanoem.files import read_json
+from nanoem.rows import ROWS
 
 
 def run_side_by_side(configs, folders, device, rows, n_jobs):
@@ -26,7 +27,8 @@ def run_side_by_side(configs, folders, device, rows, n_jobs):
     """
     n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
     with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(run_to_log, config, folder, device, rows, n_threads)
+        keys = [row.key for row in rows]  # a row is code, and code does not travel
+        runs = [pool.submit(run_to_log, config, folder, device, keys, n_threads)
                 for config, folder in zip(configs, folders)]
         try:
             watch(runs, folders, len(STAGES) + len(rows))
@@ -36,12 +38,12 @@ def run_side_by_side(configs, folders, device, rows, n_jobs):
             raise
 
 
-def run_to_log(config, folder, device, rows, n_threads):
+def run_to_log(config, folder, device, keys, n_threads):
     """One run, in this process; what it prints goes to a log beside its folder."""
     torch.set_num_threads(n_threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(folder), "a", buffering=1) as log, redirect_stdout(log):
-        return run_experiment(config, folder, device, rows)
+        return run_experiment(config, folder, device, [ROWS[key] for key in keys])
 
 
 def log_of(folder):
