@@ -57,6 +57,48 @@ def test_every_exercise_has_three_planted_wrong_answers():
     assert {name for _, name in EXERCISES if n[name] < 3} == set()
 
 
+def exercise_table(chapter):
+    """[(number, name, minutes)] of the exercises in a chapter's page."""
+    page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+\.\d+) `(\w+)` \|[^|]+\| (\d+) \|", page, re.M)
+    return [(number, name, int(minutes)) for number, name, minutes in rows]
+
+
+@pytest.mark.parametrize("chapter", TESTS)
+def test_a_chapters_page_lists_its_exercises(chapter):
+    table = exercise_table(chapter)
+    numbers = [f"{int(chapter[:2])}.{i + 1}" for i in range(len(table))]
+    assert [row[:2] for row in table] == list(zip(numbers, TESTS[chapter].EXERCISES))
+    for number, name, _ in table:
+        with pytest.raises(NotImplementedError, match=re.escape(f"(exercise {number})")):
+            raise first_failure(TESTS[chapter], name, STUBS[chapter])
+
+
+@pytest.mark.parametrize("chapter", TESTS)
+def test_the_path_says_what_a_chapter_takes(chapter):
+    path = (ROOT / "tutorial/README.md").read_text(encoding="utf-8")
+    row = re.search(rf"\({chapter}/README.md\) \|[^|]+\| (\d+) \+ (\d+) \| (\d+) \|", path)
+    assert row, f"tutorial/README.md has no full row for {chapter}"
+    assert f"`python -m pytest tutorial/{chapter}`" in path
+    page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"Reading\s+and\s+running:\s+(\d+)\s+minutes.\s+Exercises:\s+(\d+)\s", page)
+    table = exercise_table(chapter)
+    assert row.groups() == (*said.groups(), str(len(table)))
+    assert int(said[2]) == sum(minutes for _, _, minutes in table), "the minutes do not add up"
+
+
+def test_the_glossary_has_every_term_once_and_in_order():
+    glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    terms = re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.M)
+    assert terms == sorted(set(terms), key=str.lower)
+    for chapter in TESTS:
+        page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+        for text in re.findall(r"\*\*([^*]+)\*\*", page):
+            term = " ".join(text.lower().split()).removesuffix("s")
+            if not term.endswith((".", "?", ":")):  # else it is a small headline
+                assert term in " ".join(glossary.lower().split()), f"{chapter}: {term}"
+
+
 class Close(doctest.OutputChecker):
     """Printed numbers may differ by 2%: another machine rounds otherwise."""
 
