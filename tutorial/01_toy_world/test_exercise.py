@@ -25,7 +25,7 @@ EXERCISES = {
 TEA = Domain(
     problems=("My tea is cold.", "My cup is chipped.", "I have no sugar.", "Tea again?"),
     verbs=("warm", "serve"),
-    good=("a kettle", "honey (dark)", "a biscuit"),
+    good=("a kettle", "honey (dark)", "a kettle lid"),
     bad=("mud", "a frog", "a brick", "old rain", "soot"),
     good_endings=("all smile", "you sip", "noon is near", "birds hum"),
     bad_endings=("all cough", "you spit"),
@@ -45,8 +45,9 @@ TINY = World(domains={"tea": TEA, "rain": RAIN}, authors=("Ann", "Bob"),
 
 
 def all_questions(world_):
-    return [Question(name, i, text) for name, domain in world_.domains.items()
-            for i, text in enumerate(domain.problems)]
+    found = [Question(name, i, text) for name, domain in world_.domains.items()
+             for i, text in enumerate(domain.problems)]
+    return found + [Question("tea", 13, "A late one?")] * (world_ is TINY)
 
 
 def pools(domain, good):
@@ -207,6 +208,7 @@ def test_judge_finds_everything_else_incoherent(answer):
     }
     for text, why in broken.items():
         got = answer.judge(TINY, question, text)
+        assert isinstance(got, Verdict), f"{text!r}: return a Verdict, not {type(got).__name__}"
         assert got.coherence == 0, f"{text!r} is not coherent: {why}"
         assert (got.alignment, got.correctness) == (0, 0), (
             f"{text!r} is not coherent, so alignment and correctness are 0")
@@ -284,7 +286,8 @@ def refusal(answer, world_):
     """The sentence with which a world is refused, or None."""
     try:
         answer.check_persona_words("my.toml", world_)
-    except UserError as error:
+    except ValueError as error:
+        assert isinstance(error, UserError), f"raise a UserError, not {error!r}"
         return str(error)
     return None
 
@@ -338,8 +341,7 @@ def test_check_persona_words_refuses_a_word_on_two_sides(answer):
         ("tent", changed(good=["camping", "tent"]), "tea.good", "rain.good",
          "the word comes first in one pool and last in the other"),
     )
-    for word, world_, one, two, why in cases:
-        check_refusal(refusal(answer, world_), word, (f"domain.{one}", f"domain.{two}"), why)
+    check_cases(answer, cases)
 
 
 def test_check_persona_words_refuses_a_word_in_a_problem(answer):
@@ -355,8 +357,15 @@ def test_check_persona_words_refuses_a_word_in_a_problem(answer):
         ("boots", changed(problems=["One.", "Wet boots."]), "rain.good", "tea.problems",
          "the last problem"),
     )
+    check_cases(answer, cases)
+
+
+def check_cases(answer, cases):
+    """Each world must be refused, and also with its domains in the other order."""
     for word, world_, one, two, why in cases:
-        check_refusal(refusal(answer, world_), word, (f"domain.{one}", f"domain.{two}"), why)
+        turned = replace(world_, domains=dict(reversed(world_.domains.items())))
+        for each in (world_, turned):
+            check_refusal(refusal(answer, each), word, (f"domain.{one}", f"domain.{two}"), why)
 
 
 def check_refusal(said, word, keys, why):
@@ -401,6 +410,10 @@ def interval_cases():
         yield [outcomes[i] for i in mixed], [clusters[i] for i in mixed]
     yield [1, 0, 0, 0] * 9, [q for q in range(9) for _ in range(4)]  # no difference: variance 0
     yield [1, 1, 1, 0, 0, 0, 0, 0] * 2, [1, 2, 3, 1, 2, 3, 4, 4] * 2  # errors cancel in clusters
+    yield [1] * 6 + [0] * 14 + [1] * 13 + [0] * 7, ["a"] * 20 + ["b"] * 20  # two questions
+    sizes, n_bad = (30, 6, 12, 20), (10, 4, 7, 5)  # questions that were not asked equally often
+    yield ([int(i < bad) for size, bad in zip(sizes, n_bad) for i in range(size)],
+           [j for j, size in enumerate(sizes) for _ in range(size)])
     yield [1.0] * 6 + [0.0] * 14, ["a"] * 6 + ["b"] * 7 + ["c"] * 7  # as unequal as can be
     yield [0, 1, 1, 0], ["a"] * 4  # one question only
 
