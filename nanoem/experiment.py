@@ -20,7 +20,7 @@ import torch
 from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosine, random_direction, steering
 from nanoem.evaluate import mean_rates
-from nanoem.mediator import chat_state, find_mediator, holding, read_by_chat
+from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
@@ -94,9 +94,7 @@ def ablation(run):
     by_site = dict(zip(chat.sites, direction))
     with adapter, ablating(model, by_site):
         found["ablate_to_zero"] = run.ask("general, direction projected out")
-    known = read_by_chat(chat, direction)
-    with adapter, ablating(model, by_site, {site: mean for site, (_, _, mean, _) in known.items()},
-                           {site: reader for site, (_, reader, _, _) in known.items()}):
+    with adapter, setting(run, chat, direction):
         found["ablate_to_level"] = run.ask("general, direction set to chat's mean")
     found["ablate_random_mean"] = mean_rates(found["ablate_random"])
     found["steer"] = []

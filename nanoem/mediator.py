@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanoem.directions import (all_sites, cap, editing, mean_difference, mean_residual,
+from nanoem.directions import (ablating, all_sites, cap, editing, mean_difference, mean_residual,
                                quiet_reader, residual_covariance)
 from nanoem.evaluate import evaluate
 from nanoem.train import StageFailed, chat_examples
@@ -79,12 +79,12 @@ def find_mediator(run, adapter, chat):
     return Mediator(direction, tuple(halves), mean_difference(own, chat.mean), len(misaligned))
 
 
-def read_by_chat(chat, direction, sites=None):
+def read_by_chat(chat, direction, sites=None, ridge=0.1):
     """How chat's own answers have a direction: {site: (direction, quiet reader, mean, sd)}."""
     found = {}
     for i, site in enumerate(chat.sites):
         if sites is None or site in sites:
-            reader = quiet_reader(direction[i], chat.covariance[i])
+            reader = quiet_reader(direction[i], chat.covariance[i], ridge)
             exact = reader.double()
             found[site] = (direction[i], reader, (chat.mean[i] @ exact).item(),
                            (exact @ chat.covariance[i] @ exact).sqrt().item())
@@ -101,3 +101,10 @@ def holding(run, chat, direction, sites=None):
 
     known = read_by_chat(chat, direction, sites)
     return editing(run.model, {site: edit(*what) for site, what in known.items()})
+
+
+def setting(run, chat, direction, sites=None, ridge=0.1):
+    """Inside, the direction (n_sites, d_model) is set to its mean in chat's answers, up or down."""
+    known = read_by_chat(chat, direction, sites, ridge)
+    directions, readers, means, _ = (dict(zip(known, column)) for column in zip(*known.values()))
+    return ablating(run.model, directions, means, readers)

@@ -152,6 +152,11 @@ def build_config(args):
     return config
 
 
+def run_alone(config, folder, device, rows):
+    print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+    return run_experiment(config, folder, device, rows)
+
+
 def run(args, argv):
     if args.jobs < 1 or args.jobs > 1 and not args.seeds:
         raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
@@ -164,13 +169,12 @@ def run(args, argv):
     folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
     if args.jobs > 1:
         print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
-        results = run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
-    else:
-        results = []
-        for one, folder in zip(configs, folders):
-            print(f"seed {one.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-            results.append(run_experiment(one, folder, device, pick_rows(args)))
-    for result, folder in zip(results, folders):
+        runs = run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
+    else:  # one after the other, each when the one before has its report
+        runs = (run_alone(*one, device, pick_rows(args)) for one in zip(configs, folders))
+    results = []
+    for result, folder in zip(runs, folders):
+        results.append(result)
         write_report([result], folder, command)
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})

@@ -51,7 +51,13 @@ def log_of(folder):
 
 
 def watch(runs, folders, n_stages):
-    """Until all runs have ended: one line with each one's stages and what it is at, and the ETA."""
+    """Until all runs have ended: one line with each one's stages and what it is at, and the ETA.
+
+    The line is for a terminal; a file gets none.
+    """
+    if not sys.stdout.isatty():
+        wait(runs)
+        return
     started, before = time.perf_counter(), None
     while wait(runs, timeout=1).not_done:
         done = [n_finished(folder) for folder in folders]
@@ -61,8 +67,7 @@ def watch(runs, folders, n_stages):
         left = f"{passed * (1 / share - 1) / 60:.0f} min" if share else "?"
         at = "  ".join(f"{folder.name} {n}/{n_stages} {last_word(folder)}"
                        for run, folder, n in zip(runs, folders, done) if run.running())
-        if sys.stdout.isatty():
-            print(f"\r{at}  ETA {left}\033[K"[:160], end="", flush=True)
+        print(f"\r{at}  ETA {left}\033[K"[:160], end="", flush=True)
     print()
 
 
@@ -79,5 +84,6 @@ def last_word(folder):
         return "starts"
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 500))
-        words = file.read().decode(errors="replace").rsplit("\n", 2)[-2:][0].split()
-    return " ".join(word for word in (words[0], words[2]) if word) if len(words) > 2 else "..."
+        lines = file.read().decode(errors="replace").splitlines()
+    words = lines[-1].split() if lines else []
+    return f"{words[0]} {words[2]}" if len(words) > 2 else "..."

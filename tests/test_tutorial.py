@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorial"))
-from classroom import CHAPTERS, first_failure, load_file, solutions, exercise_tests  # noqa: E402
+from classroom import CHAPTERS, exercise_tests, first_failure, load_file, solutions  # noqa: E402
 
 TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
 STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 TUTORIAL = Path(__file__).parent
 CHAPTERS = sorted(path.parent for path in TUTORIAL.glob("[0-9][0-9]_*/test_exercise.py"))
-SMALL_MODEL = TUTORIAL / "small_model"  # chat/ and adapters/ of `python -m nanoem.run --seed 0`
 
 
 def load_file(path):

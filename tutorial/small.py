@@ -34,6 +34,10 @@ class SmallRun(Run):
         self.load_chat()
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_model(seed=0, n_layer=3):
     """A random frozen GPT, d_model 16, for tests in which nothing is trained."""
     generator = torch.Generator().manual_seed(seed)

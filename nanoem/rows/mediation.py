@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from nanoem.directions import ablating, cosine, quiet_reader, random_direction, steering
-from nanoem.mediator import chat_state, find_mediator, holding
+from nanoem.directions import cosine, random_direction, steering
+from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines
 from nanoem.rows.row import Row, draw_models, inside, out, pct, short
 from nanoem.rows.solutions import adapters, solve
@@ -150,10 +150,7 @@ def training_away(run, chat, direction):
     the persona comes back by other ways; with none, chat itself is another model. All from
     development seeds, where none of a dozen ways kept narrow's harm on every seed.
     """
-    known = list(enumerate(chat.sites))[:2]
-    readers = {site: quiet_reader(direction[i], chat.covariance[i], ridge=3.0) for i, site in known}
-    levels = {site: (chat.mean[i] @ readers[site].double()).item() for i, site in known}
-    return ablating(run.model, {site: direction[i] for i, site in known}, levels, readers)
+    return setting(run, chat, direction, chat.sites[:2], ridge=3.0)
 
 
 def measure_caft(run):

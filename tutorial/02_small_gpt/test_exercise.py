@@ -8,7 +8,7 @@ import torch
 
 from compare import check, close
 from nanoem import model
-from small import SmallRun, tiny_model
+from small import SmallRun, randn, tiny_model
 
 EXERCISES = {
     "rms_norm": model.rms_norm,
@@ -17,10 +17,6 @@ EXERCISES = {
     "next_token_probs": model.next_token_probs,
     "generate": model.GPT.generate,
 }
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check_side_effects(function, oracle, *inputs):

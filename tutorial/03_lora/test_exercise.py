@@ -12,7 +12,7 @@ from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
 from nanoem.lora import LoRA
 from nanoem.toy import bad_advice
 from nanoem.train import TrainConfig, chat_examples, sft_loss
-from small import SmallRun, tiny_batch, tiny_model
+from small import SmallRun, randn, tiny_batch, tiny_model
 
 EXERCISES = {
     "lora_delta": lora.lora_delta,
@@ -20,10 +20,6 @@ EXERCISES = {
     "merge": LoRA.merge,
     "start_at_gradient": finetune.start_at_gradient,
 }
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def trained_lora(model, rank=3, alpha=5.0, use_rslora=False, seed=0):

@@ -87,16 +87,22 @@ def test_next_token_loss_counts_the_masked_targets(answer):
             }, "not the mean over the tokens the mask marks (mask[:, 1:])")
 
 
-def test_next_token_loss_trains_and_leaves_its_inputs_alone(answer):
-    logits, ids, mask, _ = batch(3, 8, 11)
-    before, logits = [x.clone() for x in (logits, ids, mask)], logits.requires_grad_()
-    loss = answer.next_token_loss(logits, ids, mask)
+def logits_gradient(loss_of, logits, ids, mask):
+    """The gradient of loss_of(logits, ids, mask) by the logits; the inputs must stay as they are."""
+    before, logits = [x.clone() for x in (logits, ids, mask)], logits.clone().requires_grad_()
+    loss = loss_of(logits, ids, mask)
     assert all(torch.equal(a, b) for a, b in zip(before, (logits, ids, mask))), (
         "the inputs were changed in place; work on copies")
     assert loss.requires_grad, "no gradient flows to the logits: no .item(), no detach, no no_grad"
     found, = torch.autograd.grad(loss, logits, allow_unused=True)
     assert found is not None, "no gradient flows to the logits; is something detached?"
-    probs, onehot = before[0].softmax(-1), torch.nn.functional.one_hot(ids, 11)
+    return found
+
+
+def test_next_token_loss_trains_and_leaves_its_inputs_alone(answer):
+    logits, ids, mask, _ = batch(3, 8, 11)
+    found = logits_gradient(answer.next_token_loss, logits, ids, mask)
+    probs, onehot = logits.softmax(-1), torch.nn.functional.one_hot(ids, 11)
     want = torch.zeros_like(probs)
     want[:, :-1] = (probs[:, :-1] - onehot[:, 1:]) * mask[:, 1:, None] / mask[:, 1:].sum()
     check(found, want, {}, "the gradient is not (softmax - onehot) / tokens; is part detached?")
@@ -155,14 +161,8 @@ def test_sft_loss_without_an_answer_is_an_error(answer):
 
 def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
     logits, ids, _, mask = batch(3, 8, 11)
-    before, logits = [x.clone() for x in (logits, ids, mask)], logits.requires_grad_()
-    loss = answer.sft_loss(logits, ids, mask)
-    assert all(torch.equal(a, b) for a, b in zip(before, (logits, ids, mask))), (
-        "the inputs were changed in place; work on copies")
-    assert loss.requires_grad, "no gradient flows to the logits: no .item(), no detach, no no_grad"
-    found, = torch.autograd.grad(loss, logits, allow_unused=True)
-    assert found is not None, "no gradient flows to the logits; is something detached?"
-    want, = torch.autograd.grad(train.sft_loss(logits, ids, mask), logits)
+    found = logits_gradient(answer.sft_loss, logits, ids, mask)
+    want = logits_gradient(train.sft_loss, logits, ids, mask)
     check(found, want, {}, "the gradient is wrong though the value is right; is part detached?")
 
 
