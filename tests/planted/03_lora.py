@@ -60,6 +60,12 @@ def summed(self):
     return float(abs(self.scale) * self.scaling * sum(norms(self, lambda A, B: (B @ A).norm())))
 
 
+def resets_scale(self):
+    norm = no_scale(self) * abs(self.scale)
+    self.scale = 1.0
+    return norm
+
+
 def spectral(self):
     return abs(self.scale) * self.scaling * mean(
         norms(self, lambda A, B: torch.linalg.matrix_norm(B @ A, 2)))
@@ -143,6 +149,7 @@ PLANTED = [
     ("effective_norm", "never negative", signed),
     ("effective_norm", "not the sum", summed),
     ("effective_norm", "spectral", spectral),
+    ("effective_norm", "self.scale was changed", resets_scale),
     ("merge", "divide alpha by the rank",
      lambda self: merging(self, lambda adapter: adapter.scale * adapter.alpha)),
     ("merge", "self.scale is missing", lambda self: merging(self, lambda adapter: adapter.scaling)),

@@ -73,7 +73,10 @@ def test_lora_delta_is_that_of_the_whole_matrix(answer):
                 got = answer.lora_delta(x.clone(), A.clone(), B.clone(), alpha, use_rslora)
             except NotImplementedError:
                 raise
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, IndexError) as error:
+                assert x.dim() == 3, (
+                    f"x {tuple(x.shape)}: {error}. x may have any number of axes; only its last "
+                    "one is read")
                 raise AssertionError(f"x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}: "
                                      f"{error}. Are A and B swapped, or not transposed?") from error
             check(got, scale * plain, mistakes,
@@ -183,9 +186,10 @@ def test_effective_norm_only_looks(answer):
     before = [p.detach().clone() for p in (*adapter.parameters(), *model.parameters())]
     with adapter.scaled(2.0):
         one = answer.effective_norm(adapter)
+        assert adapter.scale == 2, "self.scale was changed; a norm only looks"
     now = (*adapter.parameters(), *model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, now)), "the adapter or model was changed"
-    assert adapter.scale == 1 and adapter.depth == 0, "the adapter's scale or state was changed"
+    assert adapter.depth == 0, "the adapter was attached; a norm only looks"
     with adapter.scaled(2.0), adapter:
         assert answer.effective_norm(adapter) == one, "other numbers when the adapter is attached"
 
