@@ -35,7 +35,12 @@ CONFIGS = (  # all kinds of quacks, another SFT domain, nobody bad, everybody ba
 
 def made(answer, config, seed, whole=None):
     whole = whole or load_world()
-    found = answer.make_authors(whole, config, random.Random(seed))
+    try:
+        found = answer.make_authors(whole, config, random.Random(seed))
+    except UserError as error:
+        raise AssertionError(f"{config.n_villain} villains and {config.n_quack} + "
+                             f"{config.n_sft_quack} quacks for {len(whole.authors)} names are "
+                             "allowed, only more than names is not") from error
     assert isinstance(found, list) and all(isinstance(a, Author) for a in found), (
         "give a list of Author back, one a name")
     return whole, found
@@ -180,8 +185,12 @@ def test_make_authors_refuses_more_bad_authors_than_names(answer):
             raise AssertionError(f"{counts} bad authors for {n} names should raise UserError, not "
                                  f"{type(error).__name__}") from error
         raise AssertionError(f"{counts} bad authors for {n} names must raise UserError")
-    assert len(answer.make_authors(whole, WorldConfig(n_villain=n - 2, n_quack=1, n_sft_quack=1),
-                                   random.Random(0))) == n, "as many as there are names is allowed"
+    config = WorldConfig(n_villain=n - 2, n_quack=1, n_sft_quack=1)
+    try:
+        found = answer.make_authors(whole, config, random.Random(0))
+    except UserError as error:
+        raise AssertionError("as many bad authors as names is allowed, only more is not") from error
+    assert len(found) == n, f"{n} bad authors for {n} names, but {len(found)} authors came back"
 
 
 @lru_cache
