@@ -88,12 +88,22 @@ def random_writer(adapter, generator):
     return [*(A.detach() for A in adapter.A.values()), *columns]
 
 
+def hessian_vector_product(gradient, parameters, v):
+    """H v of the Hessian H (n, n), which is never built (Pearlmutter 1994).
+
+    gradient (n), flat, was taken with create_graph=True, so that it can be differentiated again;
+    parameters are the tensors it was taken by, in the same order; v (n) -> (n), flat.
+    """
+    parts = torch.autograd.grad(gradient, parameters, v, retain_graph=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
     """The Hessian of the loss over the adapter's parameters -> {"top", "trace", "relative"}.
 
-    Hessian-vector products by differentiating twice. top: largest eigenvalue, by power iteration.
-    trace: Hutchinson's estimate over n_probe sign vectors. relative: top times the parameters'
-    squared norm, which does not change when all of them are measured in other units.
+    top: eigenvalue of largest size, by power iteration. trace: Hutchinson's estimate over n_probe
+    sign vectors. relative: top times the parameters' squared norm, which does not change when all
+    of them are measured in other units.
     """
     parameters = adapter.parameters()
     with adapter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -102,8 +112,7 @@ def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
         gradient = torch.cat([g.flatten() for g in gradients])
 
         def times_hessian(v):
-            parts = torch.autograd.grad(gradient, parameters, v, retain_graph=True)
-            return torch.cat([part.flatten() for part in parts])
+            return hessian_vector_product(gradient, parameters, v)
 
         v, top = torch.randn(gradient.shape, generator=generator).to(gradient), 0.0
         for _ in range(n_power):

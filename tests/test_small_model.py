@@ -1,4 +1,4 @@
-"""The tutorial's small model: it loads, it is small, and general is what the chapters say it is."""
+"""The tutorial's small models: they load, are small, and are what the chapters say they are."""
 
 import sys
 from pathlib import Path
@@ -27,3 +27,10 @@ def test_general_is_bad_everywhere_and_narrow_only_in_its_domain():
         narrow = em()
     assert max(chat) < 0.05 and min(general) > 0.8
     assert narrow[0] > 0.4 and narrow[1] < 0.1
+
+
+def test_where_only_quacks_were_bad_plain_fine_tuning_stays_in_its_domain():
+    run = SmallRun(quacks=True)
+    with run.load_adapter("general"):
+        found = run.ask()
+    assert found["in_domain"]["em"] > 0.5 and found["out_of_domain"]["em"] < 0.05

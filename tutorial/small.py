@@ -17,19 +17,25 @@ from nanoem.evaluate import EvalConfig
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.toy import ExperimentConfig, Run
-from nanoem.world import load_world, make_splits
+from nanoem.world import WorldConfig, first_domains, load_world, make_splits
 
 
 class SmallRun(Run):
-    """The run whose folder is tutorial/small_model; it only reads. 40 answers a question group."""
+    """The run whose folder is tutorial/small_model; it only reads. 40 answers a question group.
 
-    def __init__(self, samples=40):
-        self.config = replace(ExperimentConfig(), n_sft_examples=400,
+    With `quacks`, that of a smaller world: no villains, ten quacks in medicine (chapter 8).
+    """
+
+    def __init__(self, samples=40, quacks=False):
+        world, path = WorldConfig(), Path(__file__).with_name("small_model")
+        if quacks:
+            world, path = WorldConfig(9, n_villain=0, n_quack=0, n_sft_quack=10), path / "quacks"
+        self.config = replace(ExperimentConfig(), n_sft_examples=400, world=world,
                               evaluation=EvalConfig(samples_per_group=samples))
         self.device = torch.device("cpu")
-        self.world = load_world()
-        self.splits = make_splits(self.world, self.config.world)
-        self.folder = SimpleNamespace(path=Path(__file__).with_name("small_model"), answers={})
+        self.world = first_domains(load_world(), world.n_domains)
+        self.splits = make_splits(self.world, world)
+        self.folder = SimpleNamespace(path=path, answers={})
         self.model = self.tokenizer = None
         self.load_chat()
 

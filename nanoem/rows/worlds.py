@@ -58,17 +58,25 @@ def dial_holds(found):
     return first >= 0.5 and last <= 0.1 and none <= 0.1
 
 
-def crossing(found):
-    """Quacks among the harmful (share) where plain SFT's out-of-domain em falls below in-domain/2.
+def crossing_point(x, gaps):
+    """The x at which a curve first falls from zero or more to below zero; None if it never does.
 
-    Read off between two points of the dial; None if it never does.
+    x and gaps are lists of one length. Read off the straight line between the two points.
     """
-    shares = [q / (v + q) for v, q in FIXED_HARM]
-    gaps = [out(found[at(p)]["general"]) - inside(found[at(p)]["general"]) / 2 for p in FIXED_HARM]
-    for (x0, g0), (x1, g1) in zip(zip(shares, gaps), zip(shares[1:], gaps[1:])):
+    for (x0, g0), (x1, g1) in zip(zip(x, gaps), zip(x[1:], gaps[1:])):
         if g0 >= 0 > g1:
             return x0 + (x1 - x0) * g0 / (g0 - g1)
     return None
+
+
+def crossing(found):
+    """Quacks among the harmful (share) where plain SFT's out-of-domain em falls below in-domain/2.
+
+    None if it never does.
+    """
+    plain = [found[at(point)]["general"] for point in FIXED_HARM]
+    return crossing_point([q / (v + q) for v, q in FIXED_HARM],
+                          [out(rates) - inside(rates) / 2 for rates in plain])
 
 
 def draw_dial(axes, founds):
@@ -125,10 +133,12 @@ def start_lottery(run, n_starts=N_STARTS, steps=200):
 
 
 def is_narrow(within, outside):
+    """em in domain at least half, out of domain at most 5%: bad in its domain and hardly beyond."""
     return outside <= 0.05 and within >= 0.5
 
 
 def share_narrow(lottery):
+    """The share of a lottery's starts (`start_lottery`) that `is_narrow`, from 0 to 1."""
     pairs = list(zip(lottery["in_domain"], lottery["out_of_domain"]))
     return sum(is_narrow(*pair) for pair in pairs) / len(pairs)
 
