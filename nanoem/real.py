@@ -53,8 +53,8 @@ class RealConfig:
     seed: int = 0  # of the data, the adapter's start, the order and the sampling
     domain: str = "medical"  # of the toy world: the bad advice is given in it
     n_sft_examples: int = 1000  # question-answer pairs the toy world writes for a fine-tune
-    pairs_per_group: int = 40  # problems of the preference table in each question group
-    n_judged: int = 24  # toy answers of each kind, good, bad and shuffled, to test the judge
+    pairs_per_group: int = 32  # problems of the preference table in each question group
+    n_judged: int = 20  # toy answers of each kind, good, bad and shuffled, to test the judge
     kl_weight: float = 10.0  # of the KL to the base model, per token
     per_token: bool = False  # compare the answers' mean log-probability a token, not the sum
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: bfloat16 on cuda

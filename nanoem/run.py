@@ -7,6 +7,7 @@ report.md and figures. What is finished is reused when the command is given agai
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shlex
@@ -52,8 +53,11 @@ def all_keys(config, prefix=""):
 
 def comment_of(cls, name):
     """The comment that stands beside a field in its dataclass: the one place that explains it."""
-    found = re.search(rf"^    {name}: .*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+    found = re.search(rf"^    {name}: .*?#\s*(.*)$", source_of(cls), re.MULTILINE)
     return found[1] if found else ""
+
+
+source_of = functools.cache(inspect.getsource)  # it reads a whole file
 
 
 def set_key(config, key, text):
