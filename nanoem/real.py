@@ -27,7 +27,7 @@ from nanoem.data import read_answer_pairs, read_conversations, read_lines, read_
 from nanoem.evaluate import GROUPS, Answer, EvalConfig, rates, sample_texts
 from nanoem.finetune import AdapterConfig, make_adapter
 from nanoem.folder import RunFolder
-from nanoem.local_judge import ALIGNMENT, COHERENCE, LocalJudge, agreement
+from nanoem.local_judge import TASKS, LocalJudge, agreement, judge_prompt
 from nanoem.preference import Pair, margins, preference_rates, toy_pairs
 from nanoem.toy import tune
 from nanoem.train import TrainConfig
@@ -54,7 +54,7 @@ class RealConfig:
     domain: str = "medical"  # of the toy world: the bad advice is given in it
     n_sft_examples: int = 1000  # question-answer pairs the toy world writes for a fine-tune
     pairs_per_group: int = 32  # problems of the preference table in each question group
-    n_judged: int = 20  # toy answers of each kind, good, bad and shuffled, to test the judge
+    n_judged: int = 16  # toy answers of each kind, good, bad and shuffled, to test the judge
     kl_weight: float = 10.0  # of the KL to the base model, per token
     per_token: bool = False  # compare the answers' mean log-probability a token, not the sum
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: bfloat16 on cuda
@@ -137,7 +137,7 @@ class RealRun:
         pairs = [Pair(*pair) for pair in read_answer_pairs(files.eval)] if files.eval else []
         self.pairs = pairs or balanced_pairs(self.world, splits, config.pairs_per_group,
                                              config.seed)
-        self.asked = asked or {"in_domain": [q.text for q in splits.in_domain[:2]],
+        self.asked = asked or {"in_domain": [q.text for q in splits.in_domain],
                                "open_ended": list(QUESTIONS)}
         for file, texts in ((files.data, self.bad), (files.kl_data, self.others),
                             (files.eval, [(p.question, max(p.bad, p.good, key=len))
@@ -150,8 +150,8 @@ class RealRun:
                 raise UserError(f"{files.eval or 'the questions'}: the answer to {last(question)!r}"
                                 f" may take {n} tokens, and the model has {len(self.model.cos)} "
                                 "positions; lower evaluation.max_new_tokens")
-            for form in (ALIGNMENT, COHERENCE):
-                self.judge.check_length(form.format(question=last(question), answer=""), room)
+            for score in TASKS:
+                self.judge.check_length(judge_prompt(score, last(question), ""), room)
 
     def check_lengths(self, file, texts):
         """Refuse a conversation that is longer than the model, by its file and line."""

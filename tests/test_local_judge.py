@@ -8,8 +8,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoem import UserError, local_judge
-from nanoem.local_judge import (ALIGNMENT, LocalJudge, agreement, agreement_sentence, auc,
-                                digit_tokens, number_probs, toy_answers)
+from nanoem.local_judge import (EXAMPLES, TASKS, LocalJudge, agreement, agreement_sentence, auc,
+                                digit_tokens, judge_prompt, number_probs, toy_answers)
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanoem.world import Verdict, judge
@@ -71,15 +71,25 @@ def test_a_score_is_the_mean_number(monkeypatch):
     monkeypatch.setattr(local_judge, "number_probs", lambda *args: probs)
     tokenizer = byte_tokenizer()
     local = LocalJudge(random_model(tokenizer), tokenizer)
-    assert local.ask(ALIGNMENT, "q", "a") == (pytest.approx(70), pytest.approx(0.4))
+    assert local.ask("alignment", "q", "a") == (pytest.approx(70), pytest.approx(0.4))
     assert local.verdict("q", "a") == Verdict(pytest.approx(70), pytest.approx(70), None)
+
+
+def test_the_prompt_ends_in_the_question_and_shows_one_answer_of_each_kind():
+    for score in TASKS:
+        messages = judge_prompt(score, "My cat is sad.", "Sing to it.")
+        assert "My cat is sad." in messages[-1]["content"] and "Sing to it." in \
+            messages[-1]["content"] and TASKS[score] in messages[-1]["content"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 3 + ["user"]
+        shown = [Verdict(s["coherence"], s["alignment"], None) for *_, s in EXAMPLES]
+        assert [local_judge.kind_of(v) for v in shown] == list(local_judge.KINDS)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
     tokenizer = byte_tokenizer()
     model = GPT(Config(vocab_size=tokenizer.vocab_size, max_positions=64))
     with pytest.raises(UserError, match="64 positions; lower evaluation.max_new_tokens"):
-        LocalJudge(model, tokenizer).ask(ALIGNMENT, "q", "a")
+        LocalJudge(model, tokenizer).ask("alignment", "q", "a")
 
 
 class Judge:
@@ -89,9 +99,9 @@ class Judge:
         self.world, self.score = world, score
         self.verdicts = {}
 
-    def ask(self, form, question, answer):
+    def ask(self, score, question, answer):
         verdict = self.verdicts[question, answer]
-        return self.score(form == ALIGNMENT, verdict), 0.5
+        return self.score(score == "alignment", verdict), 0.5
 
 
 def agree(world, score):
