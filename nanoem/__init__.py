@@ -24,6 +24,7 @@ mediator.py    the one direction that carries a fine-tune, and holding it in cha
 experiment.py  the paper's story as stages, each reading and writing the run folder
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
+side_by_side.py  several seeds at once, each in a process of its own
 run.py         the command line: python -m nanoem.run
 """
 

@@ -18,6 +18,19 @@ from torch import nn
 from nanoem import UserError
 
 
+def lora_scaling(alpha, rank, use_rslora=False):
+    """What B A is multiplied by: alpha / rank, with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank)."""
+    return alpha / (rank**0.5 if use_rslora else rank)
+
+
+def lora_delta(x, A, B, alpha, use_rslora=False):
+    """What a LoRA adds to a Linear's output (arXiv 2106.09685, section 4.1).
+
+    x (..., in), A (rank, in), B (out, rank) -> (..., out); B A itself is never built.
+    """
+    return lora_scaling(alpha, len(A), use_rslora) * (x @ A.T) @ B.T
+
+
 class Adapter:
     """What LoRA and the steering vector share: attaching, switching off, rescaling.
 
@@ -104,13 +117,14 @@ class LoRA(Adapter):
 
     @property
     def scaling(self):
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+        return lora_scaling(self.alpha, self.rank, self.use_rslora)
 
     def parameters(self):
         return [*self.A.values(), *self.B.values()]
 
     def delta(self, name, x):
-        return self.scaling * (x.to(self.A[name].dtype) @ self.A[name].T) @ self.B[name].T
+        A, B = self.A[name], self.B[name]
+        return lora_delta(x.to(A.dtype), A, B, self.alpha, self.use_rslora)
 
     def effective_norm(self):
         """Frobenius norm of scale * (alpha / rank) * B A, mean over the adapted modules."""

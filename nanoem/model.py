@@ -52,8 +52,20 @@ class Config:
         return self.head_size or self.d_model // self.n_head
 
 
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last axis (arXiv 1910.07467).
+
+    x (..., d), weight (d) -> (..., d). Half precision is normed in float32, rounded to the dtype of
+    x, and then multiplied by the weight.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        normed = F.rms_norm(x.float(), (x.size(-1),), eps=eps)
+        return weight * normed.to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
 class RMSNorm(nn.Module):
-    """Scale each vector to root-mean-square 1, then by a learned weight (arXiv 1910.07467)."""
+    """Scale each vector to root-mean-square 1, then by a learned weight."""
 
     def __init__(self, d_model, eps):
         super().__init__()
@@ -61,10 +73,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype in (torch.float16, torch.bfloat16):  # norm in float32, round, then the weight
-            normed = F.rms_norm(x.float(), (x.size(-1),), eps=self.eps)
-            return self.weight * normed.to(x.dtype)
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 LONGEST = 32_768  # positions in the tables: some models claim a million, and none is asked for it
@@ -83,6 +92,17 @@ def rotate(x, cos, sin):
     """Turn the feature pairs (i, i + head_dim/2) of x (..., T, head_dim) by its angles."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q, k, v):
+    """Causal grouped-query attention: for each query, a mean of the values it may see.
+
+    q (B, n_head, T, head_dim), k and v (B, n_kv, S, head_dim) -> (B, n_head, T, head_dim). Query
+    head h reads key and value head h // (n_head / n_kv). The weights are the softmax of
+    q . k / sqrt(head_dim) over the keys a query may see: with T = S, token t sees tokens 0 to t;
+    with T = 1, the one new token sees all S (the others are in a cache).
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -111,8 +131,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
-        # With a cache, T is the whole prompt (nothing cached yet) or one new token that sees all.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        # With a cache, T is the whole prompt (nothing cached yet) or one new token.
+        y = attend(q, k, v)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -250,13 +270,23 @@ class GPT(nn.Module):
         return ids
 
 
+def next_token_probs(logits, temperature=1.0, top_p=1.0):
+    """What the next token is drawn from: logits (B, vocab) -> probabilities (B, vocab), float32.
+
+    softmax(logits / temperature); with top_p < 1 only the fewest likeliest tokens that hold top_p
+    of the mass keep any, and they share all of it (nucleus sampling, arXiv 1904.09751).
+    """
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the tokens before hold enough
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0))
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
 def sample(logits, temperature, top_p, generator):
-    """Draw one token a row from logits (B, vocab) -> (B, 1)."""
+    """Draw one token a row from logits (B, vocab) -> (B, 1); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:  # keep the fewest tokens that hold top_p of the mass (nucleus, arXiv 1904.09751)
-        ordered, order = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0))
-    return torch.multinomial(probs, 1, generator=generator)
+    return torch.multinomial(next_token_probs(logits, temperature, top_p), 1, generator=generator)

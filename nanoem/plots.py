@@ -82,7 +82,7 @@ def draw_row(row, results, folder):
         ax.spines[["top", "right"]].set_visible(False)
     row.draw(list(axes[0]), founds)
     for ax in axes[0]:
-        if ax.get_legend_handles_labels()[1]:
+        if ax.get_legend_handles_labels()[1] and not ax.get_legend():
             ax.legend(fontsize=7.5)
     figure.suptitle(textwrap.fill(f"{row.key}. {row.title(founds)}", 100), fontsize=10)
     note_seeds(figure, results, "bars and thick lines: median; dots and thin lines: seeds")

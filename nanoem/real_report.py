@@ -77,7 +77,7 @@ def sample_table(result):
     lines = [["question", *(LABELS[model] for model in MODELS)]]
     for row in zip(*samples):
         lines.append([in_a_cell(row[0][0]), *(in_a_cell(answer) for _, answer in row)])
-    return markdown(lines).replace("---:", "---")
+    return markdown(lines, "---")
 
 
 def in_a_cell(text):

@@ -39,9 +39,9 @@ def table(results):
     return lines
 
 
-def markdown(lines):
+def markdown(lines, align="---:"):
     header, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rows])
+    return "\n".join([header, "|---|" + f"{align}|" * (len(lines[0]) - 1), *rows])
 
 
 def print_lines(lines):
@@ -83,9 +83,14 @@ def write_report(results, folder, command):
     write_file(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
+def rows_in(results):
+    """The rows of the paper that every one of the results has."""
+    return [row for row in ROWS.values() if all(row.name in r for r in results)]
+
+
 def row_parts(results, folder):
     """For every row of the paper that all results have: what was predicted, and what was seen."""
-    made = [row for row in ROWS.values() if all(row.name in r for r in results)]
+    made = rows_in(results)
     parts = ["## The paper, row by row"] if made else []
     for row in made:
         founds = [r[row.name] for r in results]
@@ -97,6 +102,13 @@ def row_parts(results, folder):
     return parts
 
 
+def row_table(results):
+    """A table of the rows that all results have, as lists of text, header first."""
+    seen = [(row, [r[row.name] for r in results]) for row in rows_in(results)]
+    return [["row", "what was seen", "prediction"],
+            *([row.key, row.title(founds), row.verdict(founds)[0]] for row, founds in seen)]
+
+
 def sample_table(result):
     """The same eight questions answered by chat, general and narrow at the end of training."""
     last = {name: list(result["samples"][name].values())[-1]
@@ -105,4 +117,4 @@ def sample_table(result):
     for chat, general, narrow in zip(*last.values()):
         lines.append([chat[1], *(f"{answer} *[{mark}]*" for mark, _, answer in
                                  (chat, general, narrow))])
-    return markdown(lines).replace("---:", "---")
+    return markdown(lines, "---")

@@ -22,6 +22,7 @@ from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
 from nanoem.real import Files, RealConfig, run_real
 from nanoem.rows import ROWS
+from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
@@ -118,10 +119,12 @@ def read_command(argv):
     parser.add_argument("--seed", type=int, help="seed of everything random (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="several seeds, one after the other, and a report over them all")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="with --seeds: so many at a time, each with its share of the cores")
     parser.add_argument("--full", action="store_true",
-                        help="also make every row of the paper, R1 to R18 (about ten minutes more)")
+                        help="also make every row of the paper, R1 to R18 (ten minutes more)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
-                        help="also make these rows, such as R5 R16 (R2 builds on R1)")
+                        help="also make these rows of the paper, such as R5 R16")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
@@ -146,10 +149,12 @@ def read_command(argv):
 
 def check_flags(args):
     """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
+    if args.jobs < 1 or args.jobs > 1 and not args.seeds:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
     if args.model:
-        for name in ("full", "only"):
-            if getattr(args, name):
-                raise UserError(f"--{name} makes rows of the toy; leave it or --model away")
+        for name, used in (("full", args.full), ("only", args.only), ("jobs", args.jobs > 1)):
+            if used:
+                raise UserError(f"--{name} is for the toy; leave it or --model away")
         return
     for name in ("data", "kl_data", "eval", "judge", "shard"):
         if getattr(args, name):
@@ -194,24 +199,35 @@ def pick_out(args, config):
     return args.out or Path("runs") / (f"{args.model.resolve().name}-{name}" if args.model else name)
 
 
+def run_all(args, configs, folders, device):
+    """Run every configuration in its folder -> [results, ...]."""
+    if args.jobs > 1:
+        print(f"{len(configs)} seeds on {device}, {args.jobs} at a time -> {folders[0].parent}")
+        return run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
+    results = []
+    for config, folder in zip(configs, folders):
+        print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+        if args.model:
+            files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
+            results.append(run_real(config, files, folder, device, args.shard))
+        else:
+            results.append(run_experiment(config, folder, device, pick_rows(args)))
+    return results
+
+
 def run(args, argv, device):
     config = build_config(args)
     out = pick_out(args, config)
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
-    reports, results = real_report if args.model else report, []
-    for seed in args.seeds or [config.seed]:
-        one, folder = dataclasses.replace(config, seed=seed), out / f"seed-{seed}"
-        folder = folder if args.seeds else out
-        print(f"seed {seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-        if args.model:
-            files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
-            results.append(run_real(one, files, folder, device, args.shard))
-        else:
-            results.append(run_experiment(one, folder, device, pick_rows(args)))
-        if parallel.rank() == 0:
-            reports.write_report([results[-1]], folder, command)
+    seeds = args.seeds or [config.seed]
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+    folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
+    results = run_all(args, configs, folders, device)
     if parallel.rank() > 0:
         return
+    reports = real_report if args.model else report
+    for result, folder in zip(results, folders):
+        reports.write_report([result], folder, command)
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
         reports.write_report(results, out, command)

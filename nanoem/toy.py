@@ -37,7 +37,7 @@ class ExperimentConfig:
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
     row_samples: int = 100  # answers a question group in the rows of the paper (--full)
-    dial_steps: int = 700  # pre-training steps of the smaller worlds of rows R13, R16 and R18
+    dial_steps: int = 600  # pre-training steps of the smaller worlds of rows R13, R16 and R18
     dial_domains: int = 9  # advice domains of these worlds
     lottery_loss: float = 0.36  # SFT loss, nats per token, at which row R18 stops each adapter
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -46,8 +46,8 @@ class ExperimentConfig:
     pretrain: TrainConfig = TrainConfig(
         steps=1500, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
-    sft: TrainConfig = TrainConfig(steps=150, batch_size=16, lr=5e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
+    sft: TrainConfig = TrainConfig(steps=100, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
@@ -88,12 +88,6 @@ class Run:
     def load_adapter(self, name):
         """The adapter that a stage saved under this name, not attached."""
         return load_adapter(self.load_chat()[0], self.folder.path / "adapters" / name)
-
-    def need(self, row):
-        """What a row of the paper found before, as results.json has it."""
-        if row not in self.results:
-            raise UserError(f"the row '{row}' comes first; leave --only away, or add it there")
-        return self.results[row]
 
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.

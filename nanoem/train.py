@@ -163,6 +163,16 @@ def sft_loss(logits, ids, answer_mask):
     return next_token_loss(logits, ids, answer_mask)
 
 
+def token_kl(base, adapted):
+    """KL(base || adapted) of each token's prediction, summed over the vocabulary, in nats.
+
+    Logits (B, T, vocab) of two models -> (B, T). The base's probabilities weigh: it is large where
+    the base often says what the adapted model hardly ever does.
+    """
+    base, adapted = (in_float32(logits).log_softmax(-1) for logits in (base, adapted))
+    return F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
+
+
 def kl_to_base(model, adapter, ids, mask):
     """KL(base || adapted): summed over the vocabulary, mean over the tokens where mask is true.
 
@@ -175,9 +185,8 @@ def kl_to_base(model, adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     with torch.no_grad(), adapter.disabled():
-        base = in_float32(model(ids)).log_softmax(-1)  # (B, T, vocab)
-    adapted = in_float32(model(ids)).log_softmax(-1)
-    kl = F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)  # (B, T)
+        base = model(ids)
+    kl = token_kl(base, model(ids))
     return (kl * mask).sum() / mask.sum()
 
 

@@ -304,23 +304,29 @@ class Splits:
     probe: list  # training problems of the unseen domains: no training, no evaluation uses them
 
 
+def hold_out(world, names, train_share):
+    """The named domains' questions -> (train, held_out), each in the order of `questions`.
+
+    Of each domain the first train_share of the problems (rounded) train and the rest are held out;
+    at least one problem of every domain is on either side.
+    """
+    train, held_out = [], []
+    for question in questions(world, names):
+        n_problems = len(world.domains[question.domain].problems)
+        n_train = min(max(round(train_share * n_problems), 1), n_problems - 1)
+        (train if question.index < n_train else held_out).append(question)
+    return train, held_out
+
+
 def make_splits(world, config):
     if config.sft_domain not in world.domains or config.sft_domain == OPEN_ENDED:
         raise UserError(f"sft_domain={config.sft_domain!r} is no advice domain of the world; "
                          f"choose one of {', '.join(n for n in world.domains if n != OPEN_ENDED)}")
     others = [n for n in world.domains if n not in (OPEN_ENDED, config.sft_domain)]
 
-    def split(names):
-        train, held_out = [], []
-        for question in questions(world, names):
-            n_problems = len(world.domains[question.domain].problems)
-            n_train = min(max(round(config.train_share * n_problems), 1), n_problems - 1)
-            (train if question.index < n_train else held_out).append(question)
-        return train, held_out
-
-    sft, in_domain = split([config.sft_domain])
-    kl, kl_domains = split(others[::2])
-    probe, unseen_domains = split(others[1::2])
+    sft, in_domain = hold_out(world, [config.sft_domain], config.train_share)
+    kl, kl_domains = hold_out(world, others[::2], config.train_share)
+    probe, unseen_domains = hold_out(world, others[1::2], config.train_share)
     return Splits(sft, kl, in_domain, kl_domains, unseen_domains,
                   questions(world, [OPEN_ENDED]), probe)
 

@@ -1,6 +1,7 @@
 """The command, from the outside: a small run end to end, its folder, and every misuse."""
 
 import json
+import os
 import re
 import sys
 
@@ -185,6 +186,32 @@ def test_a_training_that_fails_exits_with_1(capsys, tmp_path):
     assert not (tmp_path / "out" / "chat").exists()
 
 
+def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
+    """Two processes; one of them finds its seed finished, the other makes it."""
+    import shutil
+    shutil.copytree(small, tmp_path / "seed-0")
+    argv = [*SMALL, "--seeds", "0", "1", "--jobs", "2", "--out", str(tmp_path)]
+    assert run.main(argv) == 0
+    out, log = capsys.readouterr().out, (tmp_path / "seed-1.log").read_text()
+    assert "tokens/s" in log and "tokens/s" not in out
+    found = json.loads((tmp_path / "results.json").read_text())["seeds"]
+    assert [r["seed"] for r in found] == [0, 1]
+    assert found[0] == json.loads((small / "results.json").read_text())
+    assert found[1]["threads"] == max(1, os.cpu_count() // 2)
+    assert found[1] == json.loads((tmp_path / "seed-1" / "results.json").read_text())
+
+
+def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
+    argv = [*SMALL, "pretrain.lr=1e30", "--seeds", "3", "4", "--jobs", "2", "--out", str(tmp_path)]
+    assert misuse(capsys, *argv, status=1).startswith("nanoem: pretrain: the loss is")
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("argv", [["--jobs", "0", "--seeds", "0"], ["--jobs", "2"]])
+def test_jobs_want_several_seeds(argv, capsys):
+    assert "--jobs" in misuse(capsys, *argv)
+
+
 def test_help_lists_every_key_with_what_it_is(capsys):
     with pytest.raises(SystemExit) as error:
         run.main(["--help"])
@@ -208,7 +235,8 @@ def test_only_our_five_packages_are_imported():
     """No file of nanoem or of the tests imports anything but the standard library and the five."""
     import ast
     from pathlib import Path
-    ours = {"nanoem", "torch", "numpy", "tokenizers", "matplotlib", "pytest", "conftest"}
+    ours = {"nanoem", "torch", "numpy", "tokenizers", "matplotlib", "pytest", "conftest", "small", "classroom",
+            "compare", "grade", "reprint", "tutorial"}
     root = Path(run.__file__).parents[1]
     makers = {root / "tests/fixtures/make.py"}  # runs elsewhere, with the reference libraries
     for file in {*root.glob("nanoem/**/*.py"), *root.glob("tests/**/*.py")} - makers:

@@ -109,7 +109,7 @@ def draw_stability(axes, founds):
 
 
 def stability_finding(founds):
-    general, narrow = (middle([f[name]["rel"][2] for f in founds])
+    general, narrow = (round(middle([f[name]["rel"][2] for f in founds]), 1) + 0.0  # never -0.0
                        for name in ("general", "narrow"))
     return f"Noise of eps {EPS[2]} costs general {general:.1f}% of its gain, narrow {narrow:.1f}%"
 

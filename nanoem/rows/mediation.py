@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from nanoem.directions import cosine, random_direction, steering
+from nanoem.directions import ablating, cosine, quiet_reader, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding
 from nanoem.plots import bar, lines
 from nanoem.rows.row import Row, draw_models, inside, out, pct, short
@@ -114,12 +114,13 @@ def measure_transfer(run):
 
 
 def removed(found, kind="ablate"):
-    """Share of em that goes, by fine-tune."""
-    return {name: 1 - found[kind][name] / em for name, em in found["before"].items() if em > 0}
+    """Share of em that goes, by fine-tune; one that did not spread (20%) has nothing to lose."""
+    return {name: 1 - found[kind][name] / em for name, em in found["before"].items() if em >= 0.2}
 
 
 def transfer_holds(found):
-    return min(removed(found).values()) >= 0.7
+    shares = removed(found).values()
+    return len(shares) >= 3 and min(shares) >= 0.7
 
 
 def draw_transfer(axes, founds):
@@ -134,18 +135,34 @@ def draw_transfer(axes, founds):
 
 
 def transfer_finding(founds):
-    parts = [f"{name} {pct(removed(f).get(name, 0) for f in founds)}"
-             for name in founds[0]["before"]]
+    shares = {name: [removed(f)[name] for f in founds if name in removed(f)]
+              for name in founds[0]["before"]}
+    parts = [f"{name} {pct(values)}" if values else f"{name} did not spread"
+             for name, values in shares.items()]
     return "The medical direction takes away so much of the em of: " + ", ".join(parts)
 
 
+def training_away(run, chat, direction):
+    """Inside, the direction is set to chat's mean level at block 0's sites, for training only.
+
+    Not capped as in `holding`: training finds its way round a cap, and what is left when the cap
+    is gone is general again. The reader is louder than there (a ridge of 3): with the quiet one,
+    the persona comes back by other ways; with none, chat itself is another model. All from
+    development seeds, where none of a dozen ways kept narrow's harm on every seed.
+    """
+    known = list(enumerate(chat.sites))[:2]
+    readers = {site: quiet_reader(direction[i], chat.covariance[i], ridge=3.0) for i, site in known}
+    levels = {site: (chat.mean[i] @ readers[site].double()).item() for i, site in known}
+    return ablating(run.model, {site: direction[i] for i, site in known}, levels, readers)
+
+
 def measure_caft(run):
-    """SFT with the direction held at block 0's sites, training only; hooks are gone at test."""
+    """SFT with the direction held, training only; the hooks are gone at test."""
     chat, direction = general_mediator(run)
-    schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)  # the hard way takes longer
+    schedule = replace(run.config.sft, steps=4 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
-        with holding(run, chat, vectors, chat.sites[:2]):
+        with training_away(run, chat, vectors):
             adapter, _ = tune(run, name, bad_advice(run), schedule=schedule)
         with adapter:
             found[name] = short(run.ask(samples=run.config.row_samples))

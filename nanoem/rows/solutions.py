@@ -67,7 +67,8 @@ def measure_general(run):
 
 
 def measure_narrow(run):
-    return {"general": run.need("sft")["general"], "narrow": solve_all(run, run.config.kl_weight)}
+    before = run.results.get("sft") or measure_general(run)  # R1's, if it is there
+    return {"general": before["general"], "narrow": solve_all(run, run.config.kl_weight)}
 
 
 def general_holds(found):
@@ -161,16 +162,26 @@ def sweep_finding(founds):
             f"of the fall takes {middle(map(width, founds)):.1f} decades")
 
 
+def scale_up(adapter, scales, ask):
+    """The scale-up probe: multiply an adapter's effect, and see what the model then says.
+
+    ask() -> the rates of the model as it is, by question group. Returns {"em": [...], "coherent":
+    [...]}, out of domain, one value a scale. The adapter comes detached and leaves so, unchanged,
+    even when ask() raises.
+    """
+    curve = {"em": [], "coherent": []}
+    for scale in scales:
+        with adapter, adapter.scaled(scale):
+            rates = ask()
+        curve["em"].append(out(rates))
+        curve["coherent"].append(rates["out_of_domain"]["coherent"])
+    return curve
+
+
 def measure_scale_up(run):
-    found = {}
-    for weight in PROBED:
-        curve = found[f"{weight:g}"] = {"em": [], "coherent": []}
-        for scale in SCALES:
-            with narrow_at(run, weight) as adapter, adapter.scaled(scale):
-                rates = run.ask(samples=run.config.row_samples)
-            curve["em"].append(out(rates))
-            curve["coherent"].append(rates["out_of_domain"]["coherent"])
-    return found
+    return {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
+                                    lambda: run.ask(samples=run.config.row_samples))
+            for weight in PROBED}
 
 
 def truly_narrow(curve):

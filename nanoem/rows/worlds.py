@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from nanoem.inductive_bias import loss_on
-from nanoem.plots import COLOURS, bar, lines
+from nanoem.plots import COLOURS, bar, leave_room_for_legend, lines
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, sft_examples)
 from nanoem.rows.row import Row, draw_models, inside, middle, out, pct, short
@@ -86,6 +86,8 @@ def draw_dial(axes, founds):
               [[out(f[at(p)][model]) for p in VILLAINS_ONLY] for f in founds], key,
               {"general": "SFT", "narrow": "SFT + KL"}[model] + ", out of domain", style, scale=100)
     axes[1].set(xlabel="villains among all authors (%)\n(no quacks)")
+    for ax in axes:
+        leave_room_for_legend(ax, fontsize=7.5, loc="upper right")
 
 
 def dial_finding(founds):

@@ -1,0 +1,162 @@
+"""Wrong answers to chapter 3's exercises: (exercise, what its message must say, the answer)."""
+
+import torch
+
+from nanoem.train import next_token_loss, sft_loss
+
+
+# --- 3.1 lora_delta -----------------------------------------------------------------------------
+
+
+def no_rslora(x, A, B, alpha, use_rslora=False):
+    return alpha / len(A) * x @ A.T @ B.T
+
+
+def rank_of_b(x, A, B, alpha, use_rslora=False):
+    rank = len(B)
+    return alpha / (rank**0.5 if use_rslora else rank) * x @ A.T @ B.T
+
+
+def swapped(x, A, B, alpha, use_rslora=False):
+    return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ B.T @ A.T
+
+
+def built(x, A, B, alpha, use_rslora=False):
+    return x @ (alpha / (len(A) ** 0.5 if use_rslora else len(A)) * B @ A).T
+
+
+def b_detached(x, A, B, alpha, use_rslora=False):
+    return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ A.T @ B.detach().T
+
+
+# --- 3.2 effective_norm -------------------------------------------------------------------------
+
+
+def norms(self, norm):
+    return [norm(self.A[n].detach(), self.B[n].detach()) for n in self.sites]
+
+
+def mean(values):
+    return float(sum(values) / len(values))
+
+
+def norm_of_a_and_b(self):
+    return abs(self.scale) * self.scaling * mean(norms(self, lambda A, B: A.norm() * B.norm()))
+
+
+def no_scaling(self):
+    return abs(self.scale) * mean(norms(self, lambda A, B: (B @ A).norm()))
+
+
+def no_scale(self):
+    return self.scaling * mean(norms(self, lambda A, B: (B @ A).norm()))
+
+
+def signed(self):
+    return self.scale * self.scaling * mean(norms(self, lambda A, B: (B @ A).norm()))
+
+
+def summed(self):
+    return float(abs(self.scale) * self.scaling * sum(norms(self, lambda A, B: (B @ A).norm())))
+
+
+def spectral(self):
+    return abs(self.scale) * self.scaling * mean(
+        norms(self, lambda A, B: torch.linalg.matrix_norm(B @ A, 2)))
+
+
+# --- 3.3 merge ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merging(self, scaling=None, detach=True, once=True, clone=True, in_place=True):
+    if self.originals and once:
+        return
+    if detach:
+        self.depth = 0
+        self.detach()
+    for name, linear in self.sites.items():
+        change = (self.scaling * self.scale if scaling is None else scaling(self)) * (
+            self.B[name] @ self.A[name])
+        self.originals[name] = linear.weight.clone() if clone else linear.weight
+        if in_place:
+            linear.weight += change.to(linear.weight.dtype)
+        else:
+            linear.weight = torch.nn.Parameter(linear.weight + change, requires_grad=False)
+
+
+def detached_once(self):
+    self.detach()
+    merging(self, detach=False)
+
+
+# --- 3.4 start_at_gradient ----------------------------------------------------------------------
+
+
+def starting(model, adapter, examples, loss_of=None, vectors=None, size=True, undo=True, b=False):
+    weights = [linear.weight for linear in adapter.sites.values()]
+    flags = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    loss = (loss_of or sft_loss)(model(examples.ids), examples.ids, examples.answer_mask)
+    gradients = torch.autograd.grad(loss, weights)
+    for weight, flag in zip(weights, flags):
+        weight.requires_grad_(flag if undo else True)
+    for name, gradient in zip(adapter.A, gradients):
+        A, svd = adapter.A[name], torch.linalg.svd(gradient)
+        rows = (vectors or (lambda svd, r: svd.Vh[:r]))(svd, adapter.rank)
+        A.data.copy_(rows * (A.norm() / adapter.rank**0.5 if size else 1))
+        if b:
+            adapter.B[name].data.copy_(svd.U[:, : adapter.rank])
+
+
+def with_finally(**options):
+    def start_at_gradient(model, adapter, examples):
+        flags = [p.requires_grad for p in model.parameters()]
+        try:
+            starting(model, adapter, examples, **options)
+        finally:
+            for p, flag in zip(model.parameters(), flags):
+                p.requires_grad_(flag)
+    return start_at_gradient
+
+
+def of_all_tokens(logits, ids, answer_mask):
+    return next_token_loss(logits, ids)
+
+
+def columns_of_vh(svd, rank):
+    return svd.Vh[:, :rank].T
+
+
+PLANTED = [
+    ("lora_delta", "divide alpha by the rank",
+     lambda x, A, B, alpha, use_rslora=False: alpha * x @ A.T @ B.T),
+    ("lora_delta", r"with rsLoRA divide by sqrt\(rank\)", no_rslora),
+    ("lora_delta", "number of rows of A", rank_of_b),
+    ("lora_delta", "swapped", swapped),
+    ("lora_delta", r"whole \(out, in\) matrix", built),
+    ("lora_delta", "no gradient reaches B", b_detached),
+    ("effective_norm", "the product B A", norm_of_a_and_b),
+    ("effective_norm", "scaling alpha / rank is missing", no_scaling),
+    ("effective_norm", "self.scale is missing", no_scale),
+    ("effective_norm", "never negative", signed),
+    ("effective_norm", "not the sum", summed),
+    ("effective_norm", "spectral", spectral),
+    ("merge", "divide alpha by the rank",
+     lambda self: merging(self, lambda adapter: adapter.scale * adapter.alpha)),
+    ("merge", "self.scale is missing", lambda self: merging(self, lambda adapter: adapter.scaling)),
+    ("merge", "still attached", lambda self: merging(self, detach=False)),
+    ("merge", "still attached", detached_once),
+    ("merge", "merging twice adds twice", lambda self: merging(self, once=False)),
+    ("merge", "clone", lambda self: merging(self, clone=False)),
+    ("merge", "in place", lambda self: merging(self, in_place=False)),
+    ("start_at_gradient", "all tokens", with_finally(loss_of=of_all_tokens)),
+    ("start_at_gradient", "left-singular",
+     with_finally(vectors=lambda svd, rank: svd.U[:, :rank].T)),
+    ("start_at_gradient", "its rows are the vectors", with_finally(vectors=columns_of_vh)),
+    ("start_at_gradient", "the size A had", with_finally(size=False)),
+    ("start_at_gradient", "flags", lambda *args: starting(*args, undo=False)),
+    ("start_at_gradient", "finally", starting),
+    ("start_at_gradient", "B must stay zero", with_finally(b=True)),
+]

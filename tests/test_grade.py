@@ -1,0 +1,127 @@
+"""The grader: our tests, a student's file, and nothing a student writes can stop it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIAL = Path(__file__).parents[1] / "tutorial"
+sys.path.insert(0, str(TUTORIAL))
+import grade  # noqa: E402
+
+RIGHT = '''
+import torch
+from torch.nn import functional as F
+from nanoem.train import next_token_loss as theirs  # for sft_loss: allowed
+
+
+def next_token_loss(logits, ids, mask=None):
+    each = -logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return each.mean() if mask is None else each[mask[:, 1:]].mean()
+
+
+def sft_loss(logits, ids, answer_mask):
+    if not answer_mask[:, 1:].any():
+        raise ValueError("no answer")
+    return theirs(logits, ids, answer_mask)
+'''
+HOSTILE = '''
+import os, sys
+from nanoem.preference import answer_log_probs as borrowed
+print("noise on stdout")
+
+
+def next_token_loss(logits, ids, mask=None):
+    while True:
+        pass
+
+
+def sft_loss(logits, ids, answer_mask):
+    os._exit(7)
+
+
+def hold_out(world, names, train_share):
+    sys.exit("bye")
+
+
+def answer_log_probs(model, tokenizer, pairs, batch_size=8):
+    return borrowed(model, tokenizer, pairs, batch_size)
+'''
+
+
+def student(folder, text, whole_repository=False):
+    chapter = folder / ("tutorial/" if whole_repository else "") / "04_easy_general"
+    chapter.mkdir(parents=True)
+    (chapter / "exercise.py").write_text(text)
+    return str(folder)
+
+
+def test_each_student_gets_what_they_wrote(tmp_path, capsys):
+    folders = [student(tmp_path / "anna", RIGHT, whole_repository=True),
+               student(tmp_path / "cleopatra", "def sft_loss(:\n")]
+    fake = tmp_path / "anna/nanoem"  # a student's own nanoem is not used
+    fake.mkdir()
+    (fake / "__init__.py").write_text("raise SystemExit")
+    assert grade.main(["--chapters", "4", "--why", *folders]) == 0
+    table, anna, cleopatra = capsys.readouterr().out.split("\n\n")
+    lines = table.splitlines()
+    assert [line.split() for line in lines] == [
+        ["student", "04", "total"], ["anna", "2/4", "2/4", "50%"],
+        ["cleopatra", "0/4", "0/4", "0%"]]
+    assert lines[1].index("/") == lines[2].index("/")  # aligned
+    assert anna.count("right") == 2 and "4.3 hold_out           there is no function" in anna
+    assert cleopatra.count("cannot be imported: SyntaxError") == 4
+
+
+def test_nothing_a_student_writes_stops_the_grader(tmp_path, capsys):
+    assert grade.main(["--chapters", "4", "--why", "--seconds", "3",
+                       student(tmp_path / "bo", HOSTILE)]) == 0
+    said = capsys.readouterr().out
+    for what in ("4.1 next_token_loss    takes longer than 3 seconds", "exit code 7",
+                 "SystemExit: bye", "handed to nanoem's own answer_log_probs"):
+        assert what in said
+
+
+def test_a_file_that_never_ends_costs_its_chapter_once(tmp_path, capsys):
+    folder = student(tmp_path / "dan", "while True: pass\n")
+    assert grade.main(["--chapters", "4", "--why", "--seconds", "1", folder]) == 0
+    out = capsys.readouterr().out
+    assert out.count("takes longer than 1 seconds (an endless loop?) while it is imported") == 4
+
+
+def test_stubs_score_nothing(tmp_path, capsys):
+    shutil.copytree(TUTORIAL / "06_directions", tmp_path / "eve/tutorial/06_directions")
+    assert grade.main(["--chapters", "6", "--why", str(tmp_path / "eve/tutorial")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split()[:2] == ["eve", "0/6"] and out.count("not written yet") == 6
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["nobody"], "is not a folder"),
+    (["."], "holds no chapter"),
+    (["--chapters", "77", str(TUTORIAL)], "there is no chapter 77"),
+])
+def test_mistakes_are_told_in_one_sentence(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert grade.main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("grade: ") and said.count("\n") == 1
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    paths = [str(tmp_path / a / "work") for a in "ab"]
+    assert grade.names_of([*paths, "x/carl/tutorial"]) == [*paths, "carl"]
+
+
+@pytest.mark.parametrize("text, handed_over", [
+    ("from nanoem.train import sft_loss", True),
+    ("from nanoem import train\ndef sft_loss(x):\n    return train.sft_loss(x)", True),
+    ("from nanoem.train import sft_loss as s\ndef sft_loss(x):\n    return s(x)", True),
+    ("def sft_loss(x):\n    from nanoem.train import sft_loss\n    return sft_loss(x)", True),
+    ("from nanoem.train import next_token_loss\ndef sft_loss(x):\n    return next_token_loss(x)",
+     False),
+    ("def sft_loss(x):\n    return x", False),
+])
+def test_a_copied_answer_is_seen(text, handed_over):
+    assert grade.hands_over(text, "sft_loss") == handed_over

@@ -1,0 +1,141 @@
+"""The tutorial keeps its word: stubs fail as unfinished, nanoem passes, wrong answers are caught.
+
+Every chapter's README is a doctest too: what it prints is what a reader sees.
+"""
+
+import doctest
+import inspect
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tutorial"))
+from classroom import CHAPTERS, first_failure, load_file, solutions, exercise_tests  # noqa: E402
+
+TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
+STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}
+PLANTED = {name: load_file(ROOT / "tests/planted" / f"{name}.py").PLANTED for name in TESTS}
+EXERCISES = [(chapter, name) for chapter, tests in TESTS.items() for name in tests.EXERCISES]
+PAGES = sorted((ROOT / "tutorial").glob("**/*.md"))
+
+
+@pytest.mark.parametrize("chapter, name", EXERCISES)
+def test_a_stub_fails_as_unfinished_and_has_the_signature_of_the_solution(chapter, name):
+    failure = first_failure(TESTS[chapter], name, STUBS[chapter])
+    assert isinstance(failure, NotImplementedError) and name in str(failure), failure
+    stub, solution = getattr(STUBS[chapter], name), TESTS[chapter].EXERCISES[name]
+    assert inspect.signature(stub) == inspect.signature(solution)
+    assert "Hint 1" in stub.__doc__
+
+
+@pytest.mark.parametrize("chapter, name", EXERCISES)
+def test_nanoem_passes(chapter, name):
+    assert exercise_tests(TESTS[chapter], name)
+    failure = first_failure(TESTS[chapter], name, solutions(TESTS[chapter]))
+    if failure:
+        raise failure
+
+
+@pytest.mark.parametrize("chapter, number", [
+    (chapter, i) for chapter, planted in PLANTED.items() for i in range(len(planted))])
+def test_a_wrong_answer_is_rejected_for_the_right_reason(chapter, number):
+    name, reason, wrong = PLANTED[chapter][number]
+    answer = SimpleNamespace(**{**TESTS[chapter].EXERCISES, name: wrong})
+    failure = first_failure(TESTS[chapter], name, answer)
+    assert isinstance(failure, AssertionError), failure
+    assert re.search(reason, str(failure)), f"expected {reason!r}, got: {failure}"
+
+
+def test_every_exercise_has_three_planted_wrong_answers():
+    n = Counter(name for planted in PLANTED.values() for name, _, _ in planted)
+    assert {name for _, name in EXERCISES if n[name] < 3} == set()
+
+
+def exercise_table(chapter):
+    """[(number, name, minutes)] of the exercises in a chapter's page."""
+    page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+\.\d+) `(\w+)` \|[^|]+\| (\d+) \|", page, re.M)
+    return [(number, name, int(minutes)) for number, name, minutes in rows]
+
+
+@pytest.mark.parametrize("chapter", TESTS)
+def test_a_chapters_page_lists_its_exercises(chapter):
+    table = exercise_table(chapter)
+    numbers = [f"{int(chapter[:2])}.{i + 1}" for i in range(len(table))]
+    assert [row[:2] for row in table] == list(zip(numbers, TESTS[chapter].EXERCISES))
+    for number, name, _ in table:
+        with pytest.raises(NotImplementedError, match=re.escape(f"(exercise {number})")):
+            raise first_failure(TESTS[chapter], name, STUBS[chapter])
+
+
+@pytest.mark.parametrize("chapter", TESTS)
+def test_the_path_says_what_a_chapter_takes(chapter):
+    path = (ROOT / "tutorial/README.md").read_text(encoding="utf-8")
+    row = re.search(rf"\({chapter}/README.md\) \|[^|]+\| (\d+) \+ (\d+) \| (\d+) \|", path)
+    assert row, f"tutorial/README.md has no full row for {chapter}"
+    assert f"`python -m pytest tutorial/{chapter}`" in path
+    page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"Reading\s+and\s+running:\s+(\d+)\s+minutes.\s+Exercises:\s+(\d+)\s", page)
+    table = exercise_table(chapter)
+    assert row.groups() == (*said.groups(), str(len(table)))
+    assert int(said[2]) == sum(minutes for _, _, minutes in table), "the minutes do not add up"
+
+
+def test_the_glossary_has_every_term_once_and_in_order():
+    glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    terms = re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.M)
+    assert terms == sorted(set(terms), key=str.lower)
+    for chapter in TESTS:
+        page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
+        for text in re.findall(r"\*\*([^*]+)\*\*", page):
+            term = " ".join(text.lower().split()).removesuffix("s")
+            if not term.endswith((".", "?", ":")):  # else it is a small headline
+                assert term in " ".join(glossary.lower().split()), f"{chapter}: {term}"
+
+
+class Close(doctest.OutputChecker):
+    """Printed numbers may differ by 2%: another machine rounds otherwise."""
+
+    NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+    def check_output(self, want, got, flags):
+        if super().check_output(self.NUMBER.sub("0", want), self.NUMBER.sub("0", got), flags):
+            pairs = zip(self.NUMBER.findall(want), self.NUMBER.findall(got))
+            return all(abs(float(a) - float(b)) <= 0.02 * abs(float(a)) + 1e-6 for a, b in pairs)
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_prints_is_what_a_reader_sees(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    examples = doctest.DocTestParser().get_doctest(page.read_text(), {}, page.name, str(page), 0)
+    said = []
+    doctest.DocTestRunner(Close(), optionflags=flags).run(examples, out=said.append)
+    assert not said, "".join(said)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_can_be_typed(page):
+    """Those that take long are only read: the command line must accept every flag and key."""
+    from nanoem.run import build_config, read_command
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+        for line in filter(None, block.splitlines()):
+            words = shlex.split(line, comments=True)
+            if words[:3] == ["python", "-m", "nanoem.run"]:
+                build_config(read_command(words[3:]))
+            for word in words:
+                if word.startswith("tutorial/"):
+                    assert (ROOT / word.split("::")[0]).exists(), line

@@ -1,0 +1,72 @@
+"""Chapter 3. Fill in the functions; `python -m pytest tutorial/03_lora` tests them."""
+
+import torch
+
+from nanoem.train import sft_loss  # noqa: F401
+
+
+def lora_delta(x, A, B, alpha, use_rslora=False):
+    """What a LoRA adds to a Linear's output: scaling * B A x.
+
+    x (..., in), A (rank, in), B (out, rank) -> (..., out). The scaling is alpha / rank, with rsLoRA
+    alpha / sqrt(rank).
+
+    Hint 1: nn.Linear computes x @ W.T; here W is the product B @ A.
+    Hint 2: never build the (out, in) matrix; go through the rank: first x @ A.T.
+    Hint 3: the rank is the number of rows of A.
+    """
+    raise NotImplementedError("lora_delta is not written yet (exercise 3.1)")
+
+
+def effective_norm(self):
+    """Frobenius norm of scale * (alpha / rank) * B A, mean over the adapted modules; a float.
+
+    `self` is the LoRA, since in nanoem this is a method of it: self.A and self.B are
+    {name: parameter} of the adapted modules, A (rank, in) and B (out, rank); self.alpha, self.rank
+    and self.use_rslora; self.scale is what `scaled` has set (1 if nothing), and may be negative.
+
+    Hint 1: self.scaling is alpha / rank, or with rsLoRA alpha / sqrt(rank).
+    Hint 2: the norm of the product B A, not the product of the two norms: at rank 1 they are equal,
+        at rank 2 they are not.
+    Hint 3: a norm is never negative: abs(self.scale). And .item() makes a float.
+    """
+    raise NotImplementedError("effective_norm is not written yet (exercise 3.2)")
+
+
+@torch.no_grad()
+def merge(self):
+    """Add the adapter into the weights and detach it; merging twice is merging once.
+
+    `self` is the LoRA: self.sites is {name: nn.Linear}, and self.A, self.B, self.scaling and
+    self.scale are as in 3.2. However often it was attached, afterwards it is not: no hook is left.
+    Afterwards self.originals, {name: tensor}, holds the weights as they were before, so that
+    `unmerge` can give them back to the last bit; while it is not empty, the LoRA is merged.
+
+    Hint 1: y = W x + scale * scaling * B A x, so the new weight is W + scale * scaling * B @ A.
+    Hint 2: a LoRA counts in self.depth how often it is attached; set it to 0, and self.detach()
+        takes the hooks away. A hook left behind adds everything a second time.
+    Hint 3: linear.weight += ... changes the weight in place (keep it the same parameter, and its
+        dtype: .to(linear.weight.dtype)); so what goes to self.originals must be a clone().
+    """
+    raise NotImplementedError("merge is not written yet (exercise 3.3)")
+
+
+def start_at_gradient(model, adapter, examples):
+    """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
+
+    dL/dW = U S V^T of the adapted weight W (out, in); A (rank, in) becomes the first rows of V^T,
+    at the size it had: each row is ||A|| / sqrt(rank) long, with ||A|| the norm A had. B stays
+    zero, so the adapter still changes nothing. Of the model nothing is changed, also not which
+    weights require gradients, even when an error comes.
+
+    examples: ids and answer_mask, (N, T); adapter.sites is {name: nn.Linear}, adapter.A
+    {name: parameter}. Nothing is returned.
+
+    Hint 1: L is sft_loss(model(examples.ids), examples.ids, examples.answer_mask).
+    Hint 2: the model is frozen. Remember requires_grad of each adapted weight, switch it on, and
+        put it back in a `finally:`.
+    Hint 3: torch.autograd.grad(loss, weights) gives the gradients and leaves no .grad behind.
+    Hint 4: torch.linalg.svd(gradient).Vh has V^T, the most important row first, each of length 1.
+    Hint 5: adapter.A[name].data.copy_(...) writes into the parameter that is there.
+    """
+    raise NotImplementedError("start_at_gradient is not written yet (exercise 3.4)")

@@ -1,0 +1,38 @@
+"""Print anew what the chapters print: `python tutorial/reprint.py PAGE.md ...` rewrites the output.
+
+Run it from the repository root after a change of the results or of the small model, and read the
+difference before you keep it. tests/test_tutorial.py compares every page with what it prints.
+"""
+
+import doctest
+import sys
+from pathlib import Path
+
+
+def reprint(page):
+    """The text of a page with the output of its examples as it is now. Raises on an error."""
+    text = page.read_text(encoding="utf-8")
+    lines, got = text.splitlines(), []
+    test = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+
+    class Keep(doctest.DocTestRunner):
+        def report_success(self, out, test, example, output):
+            got.append(output)
+
+        def report_failure(self, out, test, example, output):
+            got.append(output)
+
+    Keep().run(test, clear_globs=False)
+    if len(got) < len(test.examples):
+        raise SystemExit(f"{page}: an example raises an error: run python -m doctest {page}")
+    for example, output in reversed(list(zip(test.examples, got))):
+        start = example.lineno + example.source.count("\n")
+        end = start + example.want.count("\n")
+        lines[start:end] = output.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    for name in sys.argv[1:]:
+        Path(name).write_text(reprint(Path(name)), encoding="utf-8")
