@@ -108,6 +108,16 @@ def number_probs(model, tokenizer, prompt):
     return probs
 
 
+def expected_number(probs):
+    """The mean of the numbers 0..100 by their probs (101,) -> (mean, said).
+
+    said, the probs' sum, is how likely the model is to say a number at all; the mean is over the
+    numbers alone, and 0 when no number has any probability.
+    """
+    said = probs.sum().item()
+    return (probs @ torch.arange(101, dtype=torch.float64)).item() / max(said, 1e-30), said
+
+
 def rows_of(cache, rows):
     """A copy of a KV cache that goes on from the given rows of its batch, repeated as named."""
     copy = KVCache(cache.max_tokens)
@@ -129,10 +139,7 @@ class LocalJudge:
         """The mean of the model's number, and the probability that it says a number at all."""
         prompt = judge_prompt(score, question, answer)
         self.check_length(prompt)
-        probs = number_probs(self.model, self.tokenizer, prompt)
-        said = probs.sum().item()
-        mean = (probs @ torch.arange(101, dtype=torch.float64)).item() / max(said, 1e-30)
-        return mean, said
+        return expected_number(number_probs(self.model, self.tokenizer, prompt))
 
     def verdict(self, question, answer):
         """The Verdict of one answer; its correctness is unknown."""
