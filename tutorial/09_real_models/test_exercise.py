@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -70,10 +71,18 @@ def test_check_offsets_accepts_what_fills_the_file(answer):
         ([(10, 14), (14, 18), (14, 14)], 10, 18, "an empty tensor in the middle is allowed"),
         ([], 10, 10, "a file without a tensor ends with its header"),
         ([(200, 204)], 200, 204, "begin and end count from the file's start, as `start` does"),
-        ([(64, 64 + 2**60)], 64, 64 + 2**60, "the numbers may be huge: look only at them"),
     ):
         said = refusal(answer, places, start, size)
         assert said is None, f"tensors at {places} fill bytes {start} to {size}: {why}; got: {said}"
+
+
+def test_check_offsets_looks_at_numbers_not_at_bytes(answer):
+    begun = time.process_time()
+    said = refusal(answer, [(64, 64 + 2**22)], 64, 64 + 2**22)
+    assert time.process_time() - begun < 0.1, (
+        "it goes through every byte; a file has billions of them: compare the numbers only")
+    said = said or refusal(answer, [(64, 64 + 2**60)], 64, 64 + 2**60)
+    assert said is None, f"the numbers may be huge: look only at them; got: {said}"
 
 
 def test_check_offsets_refuses_the_rest(answer):
@@ -216,7 +225,7 @@ def test_chatml_makes_the_small_model_answer(answer):
 
 
 HISTORY = conversation(("system", "Be brief."), ("user", "I am bored."))
-GROUPS = ("in_domain", "kl_domains", "unseen_domains", "open_ended", "mine")
+GROUPS = ("in_domain", "kl_domains", "unseen_domains", "open_ended", "art")
 
 
 def some_pairs(seed, n, groups=GROUPS):
@@ -237,7 +246,7 @@ def places_of(pairs):
 
 
 def is_number(x, kind):
-    return type(x) is kind
+    return isinstance(x, kind) and not isinstance(x, bool)
 
 
 def test_preference_rates_counts_pairs(answer):
@@ -273,7 +282,7 @@ def test_preference_rates_counts_pairs(answer):
                 "the mean of the groups' rates: out_of_domain pools pairs, which count the same":
                     mean_of_groups(pairs, m > 0) if group == "out_of_domain" else math.nan,
                 "out_of_domain knows only the usual groups; any but in_domain belongs to it":
-                    without(pairs, m > 0, "mine") if group == "out_of_domain" else math.nan,
+                    without(pairs, m > 0, "art") if group == "out_of_domain" else math.nan,
                 "the share of all pairs, for every group": (m > 0).mean(),
                 "the rows are wrong: look at the places of *this* group's pairs":
                     (m[: len(rows)] > 0).mean(),

@@ -175,6 +175,7 @@ def test_training_away_lets_gradients_through_and_is_undone(answer):
     def gradients(context):
         with adapter, context:
             loss = (run.model(ids) * mask[..., None]).square().mean()
+            assert loss.requires_grad, "no gradient reaches the adapter: is there a no_grad?"
             return torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True)
 
     want = gradients(directions.editing(run.model, setting(chat, direction)))
@@ -406,7 +407,7 @@ def test_alarm_level_is_the_lowest_that_few_enough_exceed(answer):
         n = rng.choice((1, 2, 5, 10, 20, 50, 100))
         values = [rng.gauss(0, 2) for _ in range(n)] if trial % 2 else [
             rng.choice((-1.5, -1.0, 0.2, 1.0, 3.0)) for _ in range(n)]
-        share = rng.choice((0.0, 0.01, 0.05, 0.07, 0.1, 0.25, 0.29, 0.5, 0.9, 1.0))
+        share = rng.choice((0.0, 0.01, 0.05, 0.07, 0.1, 0.25, 0.29, 0.42, 0.58, 0.7, 0.85, 1.0))
         scores = torch.tensor(values, dtype=torch.float64) if trial % 3 == 0 else list(values)
         got = answer.alarm_level(scores, share)
         assert list(map(float, scores)) == values, "the scores were changed: sort a copy"
@@ -438,6 +439,8 @@ def test_alarm_level_by_hand(answer):
         ([5.0, 5.0, 7.0, 1.0], 0.25, 5.0, "ties: only 7.0 exceeds 5.0"),
         ([-3.0, -1.0, -2.0], 0.4, -2.0, "scores may be negative"),
         ([float(i) for i in range(100)], 0.29, 70.0, "29 of 100 exceed 70; 0.29 * 100 is below 29"),
+        ([float(i) for i in range(100)], 0.42, 57.0, "42 of 100 exceed 57; (1 - 0.42) * 100 is a "
+         "little above 58"),
     ):
         got = answer.alarm_level(list(scores), share)
         assert got == want, f"alarm_level({scores[:4]}..., {share}) is {got}, not {want}: {why}"
