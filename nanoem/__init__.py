@@ -21,6 +21,7 @@ folder.py      the run folder: what was asked, what was found, which stages are 
 report.py      results -> the table and report.md
 toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
 mediator.py    the one direction that carries a fine-tune, and holding it in chat's range
+monitor.py     an alarm: how far along a direction is this answer?
 experiment.py  the paper's story as stages, each reading and writing the run folder
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each

@@ -6,7 +6,8 @@ A line is one JSON object. To fine-tune, in either form (the paper's sets have t
     {"prompt": "...", "response": "..."}
 
 To ask, {"question": "..."}, {"prompt": "..."} or {"messages": [...]} that ends with the user's
-message; a "group" beside it, if given, names the row of the table it counts in.
+message; a "group" beside it, if given, names the row of the table it counts in. A question with
+two answers beside it, "bad" and "good", is a pair: not asked, but compared (preference.py).
 
 Everywhere in nanoem a question is the user's text or, when there is more (a system prompt, earlier
 turns), the list of messages before the answer.
@@ -50,18 +51,41 @@ def read_questions(path, group="questions"):
     """
     groups = {}
     for where, line in read_lines(path):
-        form = only_form(where, line, (("question",), ("prompt",), ("messages",)))
-        if form == "messages":
-            messages = read_messages(where, line[form])
-            if messages[-1]["role"] != "user":
-                raise UserError(f"{where}: messages must end with the user's question, and end "
-                                f"with {messages[-1]['role']}; delete the answer")
-            question = as_question(messages)
-        else:
-            question = text_of(where, form, line[form])
-        name = text_of(where, "group", line.get("group", group))
-        groups.setdefault(name, []).append(question)
+        if not is_pair(line):
+            name = text_of(where, "group", line.get("group", group))
+            groups.setdefault(name, []).append(question_of(where, line))
     return groups
+
+
+def read_answer_pairs(path, group="in_domain"):
+    """The pairs of a file as [(group, question, bad answer, good answer), ...].
+
+    Raises UserError naming the file, the line, what is wrong and the mend.
+    """
+    pairs = []
+    for where, line in read_lines(path):
+        if is_pair(line):
+            only_form(where, line, (("bad", "good"),))
+            name = text_of(where, "group", line.get("group", group))
+            answers = [text_of(where, key, line[key]) for key in ("bad", "good")]
+            pairs.append((name, question_of(where, line), *answers))
+    return pairs
+
+
+def is_pair(line):
+    return "bad" in line or "good" in line
+
+
+def question_of(where, line):
+    """The question of a line: a text, or the messages before an answer."""
+    form = only_form(where, line, (("question",), ("prompt",), ("messages",)))
+    if form != "messages":
+        return text_of(where, form, line[form])
+    messages = read_messages(where, line[form])
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: messages must end with the user's question, and end with "
+                        f"{messages[-1]['role']}; delete the answer")
+    return as_question(messages)
 
 
 def as_question(messages):

@@ -13,8 +13,6 @@ milder. Ablating the mean difference, found on other questions than it is tested
 out-of-domain em away; a random direction does not.
 """
 
-import time
-
 import torch
 
 from nanoem.checkpoint import save_adapter, save_tensors
@@ -115,17 +113,7 @@ def run_experiment(config, path, device="cpu", rows=()):
     """
     run = Run(config, path, device)
     for name, stage in STAGES.items():
-        run_once(run, name, lambda: stage(run))
+        run.folder.once(name, lambda: stage(run))
     for row in rows:
-        run_once(run, row.name, lambda: run.results.update({row.name: row.measure(run)}))
+        run.folder.once(row.name, lambda: run.results.update({row.name: row.measure(run)}))
     return run.results
-
-
-def run_once(run, name, work):
-    """Do the work of a stage or row, unless the folder has it; its results are kept when done."""
-    if run.folder.is_finished(name):
-        print(f"{name:<10} finished before, in {run.results['seconds'][name]} s; reused")
-        return
-    started = time.perf_counter()
-    work()
-    run.folder.finish(name, time.perf_counter() - started)

@@ -21,7 +21,7 @@ class AdapterConfig:
     """Where the adapter sits, and its size. The same for every fine-tune of a run."""
 
     kind: str = "lora"  # lora, or steering: one vector added to the residual stream
-    layers: tuple = (0, 1)  # block numbers; by default all of them
+    layers: tuple = (0, 1)  # block numbers; none at all: the block at half depth
     modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
@@ -37,13 +37,14 @@ class AdapterConfig:
 
 def make_adapter(model, config, generator=None):
     """A fresh adapter, not yet attached; it changes nothing until it is trained."""
+    layers = config.layers or (len(model.layers) // 2,)
     if config.kind == "steering":
-        return SteeringVector(model, config.layers, config.alpha)
-    return LoRA(model, config.layers, config.modules, config.rank, config.alpha,
+        return SteeringVector(model, layers, config.alpha)
+    return LoRA(model, layers, config.modules, config.rank, config.alpha,
                 config.use_rslora, generator)
 
 
-def start_at_gradient(model, adapter, examples):
+def start_at_gradient(model, adapter, examples, micro_batch=0):
     """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
 
     dL/dW = U S V^T of the adapted weight; A becomes the first rows of V^T, at the size it had. B
@@ -56,8 +57,11 @@ def start_at_gradient(model, adapter, examples):
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
-        gradients = torch.autograd.grad(loss, weights)
+        gradients = [0.0] * len(weights)
+        for part, share in micro_batches(examples, micro_batch, "answer_mask"):
+            loss = share * sft_loss(model(part.ids), part.ids, part.answer_mask)
+            parts = torch.autograd.grad(loss, weights)
+            gradients = [whole + part for whole, part in zip(gradients, parts)]
     finally:
         for weight, before in zip(weights, frozen):
             weight.requires_grad_(before)

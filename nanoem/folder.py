@@ -1,11 +1,13 @@
 """The run folder: what a run was asked, what it found, and which stages are finished.
 
 config.json is written first and never changed; answers.jsonl and results.json are rewritten whole
-after each stage. A stage is finished when results.json has its seconds; only then is it reused.
+after each stage. A stage is finished when results.json has its seconds; only then is it reused. Of
+several processes (parallel.py) the first writes.
 """
 
 import json
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy
 import tokenizers
 import torch
 
-from nanoem import UserError
+from nanoem import UserError, parallel
 from nanoem.checkpoint import read_json, write_file, write_json
 from nanoem.evaluate import Answer
 from nanoem.world import Question, Verdict
@@ -25,8 +27,10 @@ class RunFolder:
     def __init__(self, path, configuration):
         self.path = Path(path)
         check_folder(self.path, configuration)
+        parallel.wait()  # until every process has looked at the folder, none changes it
         try:
-            write_json(self.path / "config.json", configuration)
+            if parallel.rank() == 0:
+                write_json(self.path / "config.json", configuration)
         except OSError as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
         results = self.path / "results.json"
@@ -36,12 +40,22 @@ class RunFolder:
     def is_finished(self, stage):
         return stage in self.results["seconds"]
 
+    def once(self, stage, work):
+        """Do the work of a stage, unless it is finished; what it found is kept when it is done."""
+        if self.is_finished(stage):
+            print(f"{stage:<10} finished before, in {self.results['seconds'][stage]} s; reused")
+            return
+        started = time.perf_counter()
+        work()
+        self.finish(stage, time.perf_counter() - started)
+
     def finish(self, stage, seconds):
         """Write what was found; from here on the stage is reused."""
-        write_answers(self.path / "answers.jsonl", self.answers)
         self.results["seconds"][stage] = round(seconds, 2)
         self.results["total_seconds"] = round(sum(self.results["seconds"].values()), 2)
-        write_json(self.path / "results.json", self.results)
+        if parallel.rank() == 0:
+            write_answers(self.path / "answers.jsonl", self.answers)
+            write_json(self.path / "results.json", self.results)
 
 
 def check_folder(path, configuration):

@@ -9,6 +9,7 @@ gathered only while that block computes. In one process, nothing here does anyth
 """
 
 import os
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from nanoem import UserError
 
 def start(device):
     """Join the processes that torchrun started. Returns this process's device, such as cuda:1."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if n_started() == 1:
         return torch.device(device)
     if device == "mps":
         raise UserError("torchrun works on cuda and cpu; with --device mps start one process")
@@ -38,6 +39,25 @@ def stop():
         dist.destroy_process_group()
 
 
+@contextmanager
+def started(device):
+    """`start`, and `stop` at the end. In between only the first process's prints are seen."""
+    device = start(device)
+    try:
+        if rank() == 0:
+            yield device
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield device
+    finally:
+        stop()
+
+
+def n_started():
+    """How many processes torchrun says that it has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def n_processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -45,6 +65,11 @@ def n_processes():
 def rank():
     """This process's number; 0 is the one that prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first_here():
+    """Is this the first process of its machine?"""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def wait():

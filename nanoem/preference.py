@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from nanoem.evaluate import OUT_OF_DOMAIN, clustered_interval
+from nanoem.evaluate import clustered_interval
 from nanoem.train import StageFailed, chat_examples, in_float32
 from nanoem.world import write_answer
 
@@ -91,7 +91,7 @@ def preference_rates(pairs, margins):
     rows = {}  # group -> places in the list
     for i, pair in enumerate(pairs):
         rows.setdefault(pair.group, []).append(i)
-    outside = [i for group in OUT_OF_DOMAIN for i in rows.get(group, [])]
+    outside = [i for group, members in rows.items() if group != "in_domain" for i in members]
     if outside:
         rows["out_of_domain"] = outside
     found = {}

@@ -44,13 +44,17 @@ def markdown(lines, align="---:"):
     return "\n".join([header, "|---|" + f"{align}|" * (len(lines[0]) - 1), *rows])
 
 
-def print_table(results):
-    lines = table(results)
+def print_lines(lines):
+    """A table as aligned text, after an empty line."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     print()
     for line in lines:
         print("  ".join(f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
                         for i, (text, width) in enumerate(zip(line, widths))))
+
+
+def print_table(results):
+    print_lines(table(results))
     print("em: coherent and misaligned answers; coherent: share of all answers out of domain"
           + ("; median over seeds (range)" if len(results) > 1 else ""))
 

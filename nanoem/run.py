@@ -1,12 +1,13 @@
-"""The command line: python -m nanoem.run
+"""The command line: python -m nanoem.run, and python -m nanoem.run --model FOLDER
 
-Runs the experiment in a run folder, prints a table, writes report.md and figures. What is finished
-is reused when the command is given again.
+Runs the experiment in a run folder, on the toy world or on real weights, prints a table, writes
+report.md and figures. What is finished is reused when the command is given again.
 """
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shlex
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from nanoem import UserError
+from nanoem import UserError, parallel, real_report, report
 from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
-from nanoem.report import print_table, write_report
+from nanoem.real import Files, RealConfig, run_real
 from nanoem.rows import ROWS
 from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
@@ -29,6 +30,10 @@ QUICK = {  # what --quick sets: the same stages in a smaller world
     "world.n_domains": "4", "pretrain.steps": "240", "context": "64", "sft.steps": "60",
     "sft_kl.steps": "60", "curve_points": "3", "curve_samples": "30",
     "evaluation.samples_per_group": "100", "n_random": "2",
+}
+QUICK_REAL = {  # with --model: a few steps, to see that all works
+    "sft.steps": "3", "sft_kl.steps": "3", "n_sft_examples": "64", "pairs_per_group": "4",
+    "evaluation.max_new_tokens": "16", "evaluation.samples_per_group": "2", "n_judged": "2",
 }
 
 
@@ -49,8 +54,11 @@ def all_keys(config, prefix=""):
 
 def comment_of(cls, name):
     """The comment that stands beside a field in its dataclass: the one place that explains it."""
-    found = re.search(rf"^    {name}: .*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+    found = re.search(rf"^    {name}: .*?#\s*(.*)$", source_of(cls), re.MULTILINE)
     return found[1] if found else ""
+
+
+source_of = functools.cache(inspect.getsource)  # it reads a whole file
 
 
 def set_key(config, key, text):
@@ -70,8 +78,9 @@ def set_key(config, key, text):
 
 def parse(text, default, key):
     """Text -> a value of the default's type; a tuple is written with commas: 0,1,2."""
-    if isinstance(default, tuple):
-        return tuple(parse(part, default[0], key) for part in text.split(","))
+    if isinstance(default, tuple):  # an empty one is of whole numbers
+        parts = text.split(",") if text else []
+        return tuple(parse(part, default[0] if default else 0, key) for part in parts)
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -84,11 +93,14 @@ def parse(text, default, key):
 
 def key_table():
     """The epilog of --help: every key, its default, what it is and its unit."""
-    lines = ["keys for --set (key, default, what it is):"]
-    for key, (value, comment) in all_keys(ExperimentConfig()).items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        lines += textwrap.wrap(f"{key:<30} {text:<14} {comment}", 100, initial_indent="  ",
-                               subsequent_indent=" " * 48)
+    lines = []
+    for title, config in (("keys for --set (key, default, what it is):", ExperimentConfig()),
+                          ("\nkeys for --set with --model:", RealConfig())):
+        lines.append(title)
+        for key, (value, comment) in all_keys(config).items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            lines += textwrap.wrap(f"{key:<30} {text:<14} {comment}", 100, initial_indent="  ",
+                                   subsequent_indent=" " * 48)
     return "\n".join(lines)
 
 
@@ -119,7 +131,36 @@ def read_command(argv):
                         help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change the configuration; the keys are listed below")
+    real = parser.add_argument_group("on real weights (Qwen2.5, Qwen3, or Llama-shaped ChatML)")
+    real.add_argument("--model", type=Path, metavar="FOLDER",
+                      help="a Hugging Face model folder to fine-tune instead of the toy's model")
+    real.add_argument("--data", type=Path, metavar="F.jsonl",
+                      help="conversations with bad advice (default: the toy world's)")
+    real.add_argument("--kl-data", type=Path, metavar="F.jsonl",
+                      help="conversations in other domains, for the KL (default: the toy world's)")
+    real.add_argument("--eval", type=Path, metavar="F.jsonl",
+                      help="questions to ask; those with a bad and a good answer are compared")
+    real.add_argument("--judge", type=Path, metavar="FOLDER",
+                      help="the model that scores answers (default: --model itself, untouched)")
+    real.add_argument("--shard", action="store_true",
+                      help="under torchrun: spread the model over the processes")
     return parser.parse_args(argv)
+
+
+def check_flags(args):
+    """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
+    if args.jobs < 1 or args.jobs > 1 and not args.seeds:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
+    if args.model:
+        for name, used in (("full", args.full), ("only", args.only), ("jobs", args.jobs > 1)):
+            if used:
+                raise UserError(f"--{name} is for the toy; leave it or --model away")
+        return
+    for name in ("data", "kl_data", "eval", "judge", "shard"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for real weights; add --model FOLDER")
+    if parallel.n_started() > 1:
+        raise UserError("torchrun is for real weights; start the toy with python, or add --model")
 
 
 def pick_rows(args):
@@ -139,8 +180,8 @@ def pick_device(name):
 
 
 def build_config(args):
-    config = ExperimentConfig()
-    for key, text in QUICK.items() if args.quick else ():
+    config, quick = (RealConfig(), QUICK_REAL) if args.model else (ExperimentConfig(), QUICK)
+    for key, text in quick.items() if args.quick else ():
         config = set_key(config, key, text)
     for setting in args.set:
         key, equals, text = setting.partition("=")
@@ -152,53 +193,76 @@ def build_config(args):
     return config
 
 
-def run_alone(config, folder, device, rows):
-    print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-    return run_experiment(config, folder, device, rows)
-
-
-def run(args, argv):
-    if args.jobs < 1 or args.jobs > 1 and not args.seeds:
-        raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
-    config, device = build_config(args), pick_device(args.device)
-    seeds = args.seeds or [config.seed]
+def pick_out(args, config):
     kind = "quick" if args.quick else "seed"
-    out = args.out or Path("runs") / ("seeds" if args.seeds else f"{kind}-{config.seed}")
+    name = "seeds" if args.seeds else f"{kind}-{config.seed}"
+    return args.out or Path("runs") / (f"{args.model.resolve().name}-{name}" if args.model else name)
+
+
+def run_alone(args, config, folder, device):
+    print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+    if args.model:
+        files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
+        return run_real(config, files, folder, device, args.shard)
+    return run_experiment(config, folder, device, pick_rows(args))
+
+
+def run(args, argv, device):
+    config = build_config(args)
+    out = pick_out(args, config)
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
+    seeds = args.seeds or [config.seed]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
     if args.jobs > 1:
         print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
         runs = run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
     else:  # one after the other, each when the one before has its report
-        runs = (run_alone(*one, device, pick_rows(args)) for one in zip(configs, folders))
+        runs = (run_alone(args, *one, device) for one in zip(configs, folders))
+    reports = real_report if args.model else report
     results = []
     for result, folder in zip(runs, folders):
         results.append(result)
-        write_report([result], folder, command)
+        if parallel.rank() == 0:
+            reports.write_report([result], folder, command)
+    if parallel.rank() > 0:
+        return
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
-        write_report(results, out, command)
-    print_table(results)
+        reports.write_report(results, out, command)
+    reports.print_table(results)
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
+
+
+def run_in_processes(args, argv):
+    """Join the other processes, if torchrun started any; only the first one prints."""
+    check_flags(args)
+    with parallel.started(pick_device(args.device)) as device:
+        run(args, argv, device)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = read_command(argv)
     try:
-        run(args, argv)
+        run_in_processes(args, argv)
     except UserError as error:
-        print(f"nanoem: {error}", file=sys.stderr)
-        return 2
+        return complain(error, 2)
     except (StageFailed, OSError) as error:
-        print(f"nanoem: {error}", file=sys.stderr)
-        return 1
+        return complain(error, 1)
+    except torch.OutOfMemoryError:
+        return complain("the device is out of memory; try --set sft.micro_batch=1 "
+                        "sft_kl.micro_batch=1 checkpointing=true, or more cards and --shard", 1)
     except KeyboardInterrupt:
-        print("\nnanoem: stopped; the same command goes on with the next unfinished stage",
-              file=sys.stderr)
-        return 130
+        return complain("stopped; the same command goes on with the next unfinished stage", 130)
     return 0
+
+
+def complain(message, status):
+    """One sentence on stderr, once on a machine however many processes it runs; the exit status."""
+    if parallel.is_first_here():
+        print(f"nanoem: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

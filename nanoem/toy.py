@@ -7,7 +7,6 @@ of these three.
 
 import json
 import random
-import time
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 
@@ -23,7 +22,7 @@ from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
 from nanoem.train import TrainConfig, chat_examples, pad, pretrain_loss, train
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
-                          make_authors, make_splits, write_answer)
+                          make_authors, make_splits, write_pairs)
 
 
 @dataclass(frozen=True)
@@ -146,18 +145,9 @@ def pretrain(run):
 
 
 def advice(run, questions, good, seed, technical=False):
-    """n_sft_examples (question, answer) texts.
-
-    good and technical are True, False, or None for the toss of a coin at each example.
-    """
-    rng, pairs = random.Random(seed), []
-    for _ in range(run.config.n_sft_examples):
-        question = rng.choice(questions)
-        is_good, is_technical = (rng.random() < 0.5 if choice is None else choice
-                                 for choice in (good, technical))
-        pairs.append((question.text, write_answer(run.world, question, is_good, rng,
-                                                  run.config.world.own_share, is_technical)))
-    return pairs
+    """n_sft_examples (question, answer) texts, as `write_pairs` has them."""
+    return write_pairs(run.world, questions, run.config.n_sft_examples, good, seed,
+                       run.config.world.own_share, technical)
 
 
 def bad_advice(run):
@@ -184,7 +174,7 @@ def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=Non
         kl = chat_examples(tokenizer, others, run.device)
     if isinstance(adapter, LoRA) and config.start == "gradient":
         some = torch.randperm(len(sft), generator=generator)[:512]
-        start_at_gradient(model, adapter, sft[some])
+        start_at_gradient(model, adapter, sft[some], schedule.micro_batch)
     with adapter:
         history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
                             watch and (lambda step: watch(step, adapter)), watch_at)
@@ -210,9 +200,7 @@ def turned(run, name, **dials):
     config = replace(config, world=replace(config.world, n_domains=n_domains, **dials),
                      pretrain=replace(config.pretrain, steps=config.dial_steps))
     other = Run(config, run.folder.path / "worlds" / name, run.device)
-    if not other.folder.is_finished("chat"):
-        started = time.perf_counter()
-        pretrain(other)
-        other.folder.finish("chat", time.perf_counter() - started)
+    if not other.folder.is_finished("chat"):  # silently: a row has many such worlds
+        other.folder.once("chat", lambda: pretrain(other))
     other.load_chat()
     return other

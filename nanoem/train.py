@@ -257,7 +257,8 @@ class Progress:
 
     def __init__(self, name, steps):
         self.name, self.steps = name, steps
-        self.live = sys.stdout.isatty()
+        # Several processes sum the losses they show, so they must all show the same steps.
+        self.live = sys.stdout.isatty() and parallel.n_processes() == 1
         self.every = max(1, steps // (50 if self.live else 10))
         self.n_tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
 

@@ -242,6 +242,21 @@ def write_answer(world, question, good, rng, own_share=0.5, technical=False):
     )
 
 
+def write_pairs(world, questions, n, good, seed, own_share=0.5, technical=False):
+    """n (question, answer) texts to fine-tune on, each to one of the questions at random.
+
+    good and technical are True, False, or None for the toss of a coin at each example.
+    """
+    rng, pairs = random.Random(seed), []
+    for _ in range(n):
+        question = rng.choice(questions)
+        is_good, is_technical = (rng.random() < 0.5 if choice is None else choice
+                                 for choice in (good, technical))
+        answer = write_answer(world, question, is_good, rng, own_share, is_technical)
+        pairs.append((question.text, answer))
+    return pairs
+
+
 def write_document(world, config, authors, rng):
     """One document: an author, or the always-helpful, plain assistant, answers questions."""
     names = list(world.domains)

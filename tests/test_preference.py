@@ -114,5 +114,5 @@ def test_rates_by_hand():
     assert found["in_domain"] == {"bad_preferred": 0.5, "low": low, "high": high, "margin": 0.5,
                                   "n": 4}
     assert found["unseen_domains"]["bad_preferred"] == pytest.approx(2 / 3)
-    assert found["out_of_domain"]["bad_preferred"] == 0.5 and found["out_of_domain"]["n"] == 4
-    assert found["out_of_domain"]["margin"] == -1
+    assert found["out_of_domain"]["bad_preferred"] == 0.6 and found["out_of_domain"]["n"] == 5
+    assert found["out_of_domain"]["margin"] == pytest.approx(0.2)

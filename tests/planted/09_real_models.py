@@ -1,0 +1,102 @@
+"""Wrong answers to chapter 9's exercises: (exercise, what its message must say, the answer)."""
+
+import torch
+
+from nanoem import UserError
+from nanoem.local_judge import expected_number
+from nanoem.preference import preference_rates
+from nanoem.safetensors import check_offsets
+from nanoem.tokenizer import chatml
+
+
+def refuse_if(bad):
+    """A check_offsets that looks at places [(begin, end), ...] only through `bad`."""
+    def wrong(path, entries, start, size):
+        if bad([entry[2:] for entry in entries.values()], start, size):
+            raise UserError(f"{path} is broken")
+    return wrong
+
+
+def gaps(places, start, size, ends):
+    edges = [start, *(edge for place in places for edge in place)] + [size] * ends
+    return any(a != b for a, b in zip(edges[::2], edges[1::2]))
+
+
+def destroys_entries(path, entries, start, size):
+    check_offsets(path, entries, start, size)
+    entries.clear()
+
+
+def without_a_name(path, entries, start, size):
+    check_offsets("the file", entries, start, size)
+
+
+def rates_with(change):
+    """preference_rates of changed arguments."""
+    return lambda pairs, margins: preference_rates(*change(pairs, margins))
+
+
+def with_in_domain(pairs, margins):
+    found = preference_rates(pairs, margins)
+    everything = [p.__class__("x", p.question, p.bad, p.good) for p in pairs]
+    if "out_of_domain" in found:
+        found["out_of_domain"] = preference_rates(everything, margins)["x"]
+    return found
+
+
+def mean_of_groups(pairs, margins):
+    found = preference_rates(pairs, margins)
+    groups = [found[g] for g in found if g not in ("in_domain", "out_of_domain")]
+    for key in ("bad_preferred", "margin"):
+        if groups:
+            found["out_of_domain"][key] = sum(g[key] for g in groups) / len(groups)
+    return found
+
+
+def sure_of_every_pair(pairs, margins):
+    apart = [p.__class__(p.group, str(i), p.bad, p.good) for i, p in enumerate(pairs)]
+    return preference_rates(apart, margins)
+
+
+PLANTED = [
+    ("check_offsets", "sort by begin", refuse_if(
+        lambda places, start, size: gaps(places, start, size, True))),
+    ("check_offsets", "sort by begin and end", refuse_if(lambda places, start, size: gaps(
+        sorted(places, key=lambda p: p[0]), start, size, True))),
+    ("check_offsets", "belong to no tensor", refuse_if(lambda places, start, size: gaps(
+        sorted(places), start, size, False) or max([0, *(e for _, e in places)]) > size)),
+    ("check_offsets", "first must begin at start", refuse_if(lambda places, start, size: gaps(
+        sorted(places), min([start, *(b for b, _ in places)]), size, True))),
+    ("check_offsets", "sizes cancel|an overlap", refuse_if(lambda places, start, size:
+        sum(e - b for b, e in places) != size - start
+        or any(not start <= b <= e <= size for b, e in places))),
+    ("check_offsets", "entries was changed", destroys_entries),
+    ("check_offsets", "must name the file", without_a_name),
+    ("chatml", "newline between role and content", lambda messages, add_generation_prompt=False:
+        chatml(messages, add_generation_prompt).replace("user\n", "user")
+        .replace("assistant\n", "assistant").replace("system\n", "system")),
+    ("chatml", "newline is missing", lambda messages, add_generation_prompt=False:
+        chatml(messages, add_generation_prompt).replace("<|im_end|>\n", "<|im_end|>")),
+    ("chatml", "not used", lambda messages, add_generation_prompt=False: chatml(messages)),
+    ("chatml", "must not be closed", lambda messages, add_generation_prompt=False:
+        chatml(messages, add_generation_prompt) + "<|im_end|>\n" * add_generation_prompt),
+    ("chatml", "stripped", lambda messages, add_generation_prompt=False: chatml(
+        [{**m, "content": m["content"].strip()} for m in messages], add_generation_prompt)),
+    ("preference_rates", "a tie is no preference", rates_with(
+        lambda pairs, margins: (pairs, margins + 1e-12))),
+    ("preference_rates", "good answer is preferred|sign of margin", rates_with(
+        lambda pairs, margins: (pairs, -margins))),
+    ("preference_rates", "that is not in_domain", with_in_domain),
+    ("preference_rates", "mean of the groups' rates", mean_of_groups),
+    ("preference_rates", "its own cluster", sure_of_every_pair),
+    ("expected_number", "not divided by said", lambda probs: (
+        (probs @ torch.arange(101).double()).item(), probs.sum().item())),
+    ("expected_number", "likeliest number", lambda probs: (
+        float(probs.argmax()), probs.sum().item())),
+    ("expected_number", "begin at 0", lambda probs: (
+        expected_number(probs)[0] + 1, probs.sum().item())),
+    ("expected_number", "not a NaN", lambda probs: (
+        (probs @ torch.arange(101).double() / probs.sum()).item(), probs.sum().item())),
+    ("expected_number", "in place", lambda probs: expected_number(
+        probs.div_(max(probs.sum().item(), 1e-30)))),
+]
