@@ -16,6 +16,7 @@ from nanoem import parallel, run
 from nanoem.checkpoint import load_adapter, load_pretrained, read_json, write_json
 from nanoem.preference import Pair, margins
 from nanoem.real import QUESTIONS, Files, RealConfig, RealRun
+from nanoem.settings import all_keys
 from nanoem.train import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -273,7 +274,7 @@ def test_help_lists_every_key_of_real_runs(capsys):
     with pytest.raises(SystemExit):
         run.main(["--help"])
     text = capsys.readouterr().out.split("with --model:")[1]
-    for key, (value, comment) in run.all_keys(RealConfig()).items():
+    for key, (value, comment) in all_keys(RealConfig()).items():
         assert re.search(rf"^  {re.escape(key)}\s", text, re.MULTILINE), key
         assert comment, f"{key} has no comment beside it in its dataclass"
 

@@ -11,6 +11,7 @@ import torch
 from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.experiment import STAGES
+from nanoem.settings import all_keys
 from nanoem.toy import ExperimentConfig
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=400",
@@ -217,7 +218,7 @@ def test_help_lists_every_key_with_what_it_is(capsys):
         run.main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for key, (value, comment) in run.all_keys(ExperimentConfig()).items():
+    for key, (value, comment) in all_keys(ExperimentConfig()).items():
         assert re.search(rf"^  {re.escape(key)}\s", text, re.MULTILINE), key
         assert comment, f"{key} has no comment beside it in its dataclass"
 
