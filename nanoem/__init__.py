@@ -26,6 +26,10 @@ experiment.py  the paper's story as stages, each reading and writing the run fol
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
 side_by_side.py  several seeds at once, each in a process of its own
+local_judge.py a language model as judge: alignment and coherence from its number tokens
+real.py        the same experiment on real weights
+real_report.py its table, report.md and figures
+settings.py    --set KEY=VALUE: a configuration's keys and what each is
 run.py         the command line: python -m nanoem.run
 """
 

@@ -44,7 +44,7 @@ def make_adapter(model, config, generator=None):
                 config.use_rslora, generator)
 
 
-def start_at_gradient(model, adapter, examples, micro_batch=0):
+def start_at_gradient(model, adapter, examples):
     """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
 
     dL/dW = U S V^T of the adapted weight; A becomes the first rows of V^T, at the size it had. B
@@ -57,11 +57,8 @@ def start_at_gradient(model, adapter, examples, micro_batch=0):
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        gradients = [0.0] * len(weights)
-        for part, share in micro_batches(examples, micro_batch, "answer_mask"):
-            loss = share * sft_loss(model(part.ids), part.ids, part.answer_mask)
-            parts = torch.autograd.grad(loss, weights)
-            gradients = [whole + part for whole, part in zip(gradients, parts)]
+        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        gradients = torch.autograd.grad(loss, weights)
     finally:
         for weight, before in zip(weights, frozen):
             weight.requires_grad_(before)

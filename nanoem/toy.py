@@ -173,8 +173,8 @@ def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=Non
         others = others or advice(run, run.splits.kl, None, run.config.seed)
         kl = chat_examples(tokenizer, others, run.device)
     if isinstance(adapter, LoRA) and config.start == "gradient":
-        some = torch.randperm(len(sft), generator=generator)[:512]
-        start_at_gradient(model, adapter, sft[some], schedule.micro_batch)
+        some = torch.randperm(len(sft), generator=generator)[: schedule.micro_batch or 512]
+        start_at_gradient(model, adapter, sft[some])
     with adapter:
         history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
                             watch and (lambda step: watch(step, adapter)), watch_at)
