@@ -29,6 +29,7 @@ side_by_side.py  several seeds at once, each in a process of its own
 local_judge.py a language model as judge: alignment and coherence from its number tokens
 real.py        the same experiment on real weights
 real_report.py its table, report.md and figures
+estimate.py    memory and time that a fine-tune of a large model needs, computed
 settings.py    --set KEY=VALUE: a configuration's keys and what each is
 run.py         the command line: python -m nanoem.run
 """

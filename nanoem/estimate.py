@@ -1,0 +1,144 @@
+"""What a fine-tune on real weights needs: memory and time, computed from the shape of the model.
+
+    python -m nanoem.estimate [FOLDER ...] [--tokens 192] [--tflops 100] [--cards 1]
+
+Formulas, no measurement: they count the numbers that must be held and the multiplications that must
+be made. Without a folder the paper's family is shown, by its published shapes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanoem import UserError
+from nanoem.checkpoint import find_tensors, read_config
+from nanoem.files import read_json
+from nanoem.model import Config
+from nanoem.report import markdown
+
+QWEN = dict(rope_theta=1e6, max_positions=32_768)
+SHAPES = {
+    "Qwen2.5-0.5B": Config(151_936, 24, 896, 14, 2, 4864, **QWEN),
+    "Qwen2.5-7B": Config(152_064, 28, 3584, 28, 4, 18_944, tie_embeddings=False, **QWEN),
+    "Qwen2.5-14B": Config(152_064, 48, 5120, 40, 8, 13_824, tie_embeddings=False, **QWEN),
+}
+BATCH, STEPS, STEPS_KL = 16, 441, 1322  # the paper's: 7,049 conversations, one epoch; three with KL
+
+
+def block_weights(c):
+    """Numbers in the matrices of one block: every token is multiplied with each of them once."""
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    return c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
+
+
+def n_parameters(c):
+    """Numbers in the whole model."""
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    vectors = 2 * c.d_model + (q + 2 * kv) * c.qkv_bias + 2 * c.head_dim * c.qk_norm
+    embeddings = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    return c.n_layer * (block_weights(c) + vectors) + embeddings + c.d_model
+
+
+def block_flops(c, T):
+    """Floating-point operations a token in one block: its matrices, and attention over T tokens."""
+    return 2 * block_weights(c) + 4 * T * c.n_head * c.head_dim
+
+
+def blocks_above(c):
+    """Blocks the gradient passes: those after the adapter's, which is at half depth."""
+    return c.n_layer - c.n_layer // 2 - 1
+
+
+def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
+    """Operations of one training step on `batch` sequences of T tokens.
+
+    The weights are frozen, so the backward pass costs as much as the forward pass (not twice as
+    much), and only above the adapter. Attention is counted whole, as if it were not causal; its
+    backward is 2.5 times its forward. With kl, sequences of the same length are read twice more,
+    once without a backward pass.
+    """
+    head = 2 * c.vocab_size * c.d_model
+    above = blocks_above(c)
+    forward = c.n_layer * block_flops(c, T) + head
+    backward = above * (2 * block_weights(c) + 10 * T * c.n_head * c.head_dim) + head
+    if checkpointing:  # every block again, but for its last product, which keeps nothing
+        backward += above * (block_flops(c, T) - 2 * c.d_model * c.d_ff)
+    return batch * T * ((2 if kl else 1) * (forward + backward) + (forward if kl else 0))
+
+
+def activation_bytes(c, checkpointing=False):
+    """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
+
+    In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
+    the hidden layer of SwiGLU. With checkpointing only each block's input, and one block in full
+    while the backward pass is in it. The adapter keeps its own input, in float32.
+    """
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff
+    above = blocks_above(c)
+    return 4 * c.d_ff + (above * 2 * c.d_model + in_block if checkpointing else above * in_block)
+
+
+def training_bytes(c, tokens, kl=False, checkpointing=False, cards=1):
+    """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
+
+    Weights, activations of `tokens` tokens at once, and their logits, log-probabilities and
+    gradients in float32. The adapter and its optimizer are a few thousand numbers: nothing.
+    """
+    blocks = 2 * c.n_layer * block_weights(c)
+    weights = 2 * n_parameters(c) - blocks + blocks / cards
+    if cards > 1:
+        weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
+    logits = (24 if kl else 16) * c.vocab_size
+    return weights + tokens * (activation_bytes(c, checkpointing) + logits)
+
+
+def table(shapes, T, tflops, micro_batch, cards):
+    """Lists of text, header first: memory and hours of the paper's two fine-tunes."""
+    lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
+              "with checkpointing, GB", "general, hours", "narrow, hours"]]
+    for name, c in shapes.items():
+        memory = [training_bytes(c, micro_batch * T, True, checkpointing, cards) / 1e9
+                  for checkpointing in (False, True)]
+        seconds = [steps * step_flops(c, T, kl) / (cards * tflops * 1e12)
+                   for steps, kl in ((STEPS, False), (STEPS_KL, True))]
+        lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", f"{2 * n_parameters(c) / 1e9:.1f}",
+                      *(f"{one:.1f}" for one in memory), *(f"{s / 3600:.2f}" for s in seconds)])
+    return lines
+
+
+def shape_of(folder):
+    """The Config of a model folder, without reading its weights."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name a Hugging Face model folder")
+    file = folder / "config.json"
+    return read_config(file, read_json(file), "lm_head.weight" not in find_tensors(folder))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m nanoem.estimate",
+        description="Memory and time of the paper's fine-tunes, computed from the model's shape.")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="Hugging Face model folders")
+    parser.add_argument("--tokens", type=int, default=192, help="of a conversation (default 192)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences at once (default 4)")
+    parser.add_argument("--cards", type=int, default=1, help="that share the blocks (default 1)")
+    parser.add_argument("--tflops", type=float, default=100,
+                        help="10^12 operations a second that a card really does (default 100, a "
+                             "third of what an A100 promises)")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("tokens", "micro_batch", "cards", "tflops"):
+            if not getattr(args, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be more than 0")
+        shapes = {f: shape_of(f) for f in args.folders} or SHAPES
+    except UserError as error:
+        print(f"nanoem: {error}", file=sys.stderr)
+        return 2
+    print(markdown(table(shapes, args.tokens, args.tflops, args.micro_batch, args.cards)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The estimate against the model itself: its parameters, and PyTorch's own count of operations."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
+
+from nanoem import estimate
+from nanoem.estimate import activation_bytes, n_parameters, step_flops, training_bytes
+from nanoem.finetune import AdapterConfig, make_adapter
+from nanoem.model import GPT, Config
+from nanoem.train import kl_to_base, sft_loss
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = Config(vocab_size=300, n_layer=6, d_model=64, n_head=4, n_kv_head=2, d_ff=160)
+aten = torch.ops.aten
+ON_CPU = {  # the counter knows attention by its names on cuda only
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *rest, **options: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-sharded", "qwen3", "llama"])
+def test_parameters_are_those_of_the_model(name):
+    config = estimate.shape_of(FIXTURES / name)
+    assert n_parameters(config) == sum(p.numel() for p in GPT(config).parameters())
+
+
+def test_the_published_sizes():
+    sizes = [n_parameters(c) / 1e9 for c in estimate.SHAPES.values()]
+    assert sizes == pytest.approx([0.494, 7.616, 14.770], abs=5e-4)
+
+
+def small_model(checkpointing):
+    """A model, the adapter at its half depth, and three sequences."""
+    model = GPT(SMALL).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    model.activation_checkpointing = checkpointing
+    adapter = make_adapter(model, AdapterConfig(layers=(), modules=("mlp.down_proj",)))
+    return model, adapter, torch.zeros(3, 32, dtype=torch.long)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_that_pytorch_counts(kl, checkpointing):
+    model, adapter, ids = small_model(checkpointing)
+    with adapter, FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+        loss = sft_loss(model(ids), ids, ids == 0)
+        if kl:
+            loss = loss + kl_to_base(model, adapter, ids, ids == 0)
+        loss.backward()
+    expected = step_flops(SMALL, 32, kl, checkpointing, batch=3)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # plus the adapter
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_autograd_keeps(checkpointing):
+    """Every storage kept for the backward pass, once, without the weights and the rotary tables."""
+    model, adapter, ids = small_model(checkpointing)
+    model.to(torch.bfloat16)
+    lasting = {t.untyped_storage().data_ptr()
+               for t in (*model.parameters(), *model.buffers(), *adapter.parameters())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with adapter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.residual_stream(ids)
+    found = sum(tensor.untyped_storage().nbytes()
+                for place, tensor in kept.items() if place not in lasting) / ids.numel()
+    if checkpointing:  # the one block in full is made again only in the backward pass
+        found += (activation_bytes(SMALL) - 4 * SMALL.d_ff) / estimate.blocks_above(SMALL)
+    assert found == pytest.approx(activation_bytes(SMALL, checkpointing), rel=0.02)
+
+
+def test_sharing_and_checkpointing_save_memory_and_kl_needs_more():
+    config = estimate.SHAPES["Qwen2.5-14B"]
+    plain = training_bytes(config, 768)
+    assert plain > 2 * n_parameters(config)
+    assert training_bytes(config, 768, cards=4) < plain / 2
+    assert training_bytes(config, 768, checkpointing=True) < plain
+    assert training_bytes(config, 768, kl=True) > plain
+
+
+def test_the_command(capsys):
+    assert estimate.main([]) == 0
+    assert capsys.readouterr().out.count("Qwen2.5-") == 3
+    assert estimate.main([str(FIXTURES / "llama")]) == 0
+    assert "llama |" in capsys.readouterr().out
+    assert estimate.main(["no/such"]) == 2
+    assert "not a folder" in capsys.readouterr().err
+    assert estimate.main(["--cards", "0"]) == 2
+    assert "--cards must be" in capsys.readouterr().err
