@@ -94,16 +94,16 @@ def training_bytes(c, tokens, kl=False, checkpointing=False, cards=1):
 
 
 def table(shapes, T, tflops, micro_batch, cards):
-    """Lists of text, header first: memory and hours of the paper's two fine-tunes."""
+    """Lists of text, header first: memory and minutes of the paper's two fine-tunes."""
     lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
-              "with checkpointing, GB", "general, hours", "narrow, hours"]]
+              "with checkpointing, GB", "general, minutes", "narrow, minutes"]]
     for name, c in shapes.items():
         memory = [training_bytes(c, micro_batch * T, True, checkpointing, cards) / 1e9
                   for checkpointing in (False, True)]
         seconds = [steps * step_flops(c, T, kl) / (cards * tflops * 1e12)
                    for steps, kl in ((STEPS, False), (STEPS_KL, True))]
         lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", f"{2 * n_parameters(c) / 1e9:.1f}",
-                      *(f"{one:.1f}" for one in memory), *(f"{s / 3600:.2f}" for s in seconds)])
+                      *(f"{one:.1f}" for one in memory), *(f"{s / 60:.1f}" for s in seconds)])
     return lines
 
 

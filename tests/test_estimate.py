@@ -14,6 +14,7 @@ from nanoem.model import GPT, Config
 from nanoem.train import kl_to_base, sft_loss
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PAGE = Path(__file__).parents[1] / "tutorial" / "scale_up.md"
 SMALL = Config(vocab_size=300, n_layer=6, d_model=64, n_head=4, n_kv_head=2, d_ff=160)
 aten = torch.ops.aten
 ON_CPU = {  # the counter knows attention by its names on cuda only
@@ -96,3 +97,10 @@ def test_the_command(capsys):
     assert "not a folder" in capsys.readouterr().err
     assert estimate.main(["--cards", "0"]) == 2
     assert "--cards must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["python -m nanoem.estimate",
+                                     "python -m nanoem.estimate --cards 4"])
+def test_the_pages_tables_are_what_its_commands_print(command, capsys):
+    assert estimate.main(command.split()[3:]) == 0
+    assert f"```sh\n{command}\n```\n\n{capsys.readouterr().out}\n" in PAGE.read_text()

@@ -134,8 +134,8 @@ def test_commands_can_be_typed(page):
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
         for line in filter(None, block.splitlines()):
             words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "nanoem.run"]:
-                build_config(read_command(words[3:]))
+            if "nanoem.run" in words:  # behind python -m, or behind torchrun's own flags
+                build_config(read_command(words[words.index("nanoem.run") + 1 :]))
             for word in words:
                 if word.startswith("tutorial/"):
                     assert (ROOT / word.split("::")[0]).exists(), line
