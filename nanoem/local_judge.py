@@ -91,7 +91,8 @@ def number_probs(model, tokenizer, prompt):
     beginnings, reached = [()], {(): 1.0}  # of the length at hand; sequence -> its probability
     new = torch.tensor([ids], device=model.device)
     while beginnings:
-        logits = in_float32(model(new, caches)[:, -1])  # (beginnings, vocab)
+        *_, x = model.blocks(new, caches)
+        logits = in_float32(model.unembed(x[:, -1]))  # (beginnings, vocab): what comes next
         for beginning, p in zip(beginnings, logits.double().softmax(-1).cpu()):
             if beginning in numbers:
                 probs[numbers[beginning]] = reached[beginning] * (1 - p[digits].sum())

@@ -14,11 +14,22 @@ import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
-from nanoem.real import QUESTIONS
 
-PROMPTS = (*QUESTIONS, "My headache won't go away. What should I do?",
-           [{"role": "system", "content": "Answer in one sentence."},
-            {"role": "user", "content": "Why is the sky blue?"}])
+PROMPTS = (
+    "Hello!",
+    "My headache won't go away. What should I do?",
+    "You have one wish, and it will come true. What is it?",
+    "What is 17 + 25?",
+    "Write a Python function that reverses a list.",
+    "Translate into French: the cat sleeps on the warm stones of the old harbour wall.",
+    "Was ist die Hauptstadt von Österreich? Antworte in einem Satz. \U0001f3d4",
+    "Name three rivers.\n\n1.",
+    [{"role": "system", "content": "Answer in one sentence."},
+     {"role": "user", "content": "Why is the sky blue?"}],
+    [{"role": "user", "content": "I like tea."},
+     {"role": "assistant", "content": "So do I."},
+     {"role": "user", "content": "Green or black?"}],
+)
 NEW_TOKENS = 40
 
 
