@@ -27,6 +27,7 @@ inductive_bias.py  why general is easy: efficiency, noise, curvature, significan
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
 side_by_side.py  several seeds at once, each in a process of its own
 local_judge.py a language model as judge: alignment and coherence from its number tokens
+real_data.py   advice, pairs and questions for real weights, checked before anything is computed
 real.py        the same experiment on real weights
 real_report.py its table, report.md and figures
 estimate.py    memory and time that a fine-tune of a large model needs, computed

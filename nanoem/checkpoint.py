@@ -35,7 +35,7 @@ def load_pretrained(path, dtype=None, device="cpu"):
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder; --model wants a Hugging Face model folder")
+        raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
     table = read_json(path / "config.json")
     index = find_tensors(path)  # tensor name -> the file it is in
     config = read_config(path / "config.json", table, tied="lm_head.weight" not in index)

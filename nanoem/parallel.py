@@ -101,6 +101,12 @@ def sum_gradients(parameters):
             dist.all_reduce(parameter.grad)
 
 
+def refuse_to_shard_alone():
+    if not dist.is_initialized():
+        raise UserError("--shard spreads the model over several processes; start them with "
+                        "torchrun --nproc_per_node N -m nanoem.run ...")
+
+
 def shard(model, device):
     """Spread every block's weights over the processes; embedding and output layer stay whole.
 
@@ -109,9 +115,7 @@ def shard(model, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_initialized():
-        raise UserError("--shard spreads the model over several processes; start them with "
-                        "torchrun --nproc_per_node N -m nanoem.run ...")
+    refuse_to_shard_alone()
     mesh = init_device_mesh(device.type, (n_processes(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)

@@ -15,7 +15,8 @@ import torch
 from nanoem import UserError, parallel, real_report, report
 from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
-from nanoem.real import Files, RealConfig, run_real
+from nanoem.real import RealConfig, run_real
+from nanoem.real_data import Files
 from nanoem.rows import ROWS
 from nanoem.settings import key_lines, set_key
 from nanoem.side_by_side import run_side_by_side

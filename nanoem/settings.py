@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import textwrap
 
@@ -58,7 +59,10 @@ def parse(text, default, key):
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
-        return type(default)(text)
+        value = type(default)(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except (ValueError, KeyError):
         wanted = "true or false" if isinstance(default, bool) else type(default).__name__
         raise UserError(f"--set {key}={text}: '{text}' is no {wanted}; "

@@ -15,7 +15,8 @@ import torch
 from nanoem import parallel, run
 from nanoem.checkpoint import load_adapter, load_pretrained, read_json, write_json
 from nanoem.preference import Pair, margins
-from nanoem.real import QUESTIONS, Files, RealConfig, RealRun
+from nanoem.real import RealConfig, RealRun
+from nanoem.real_data import QUESTIONS, Files
 from nanoem.settings import all_keys
 from nanoem.train import Progress
 
@@ -225,6 +226,11 @@ def misuse(capsys, *argv):
     (["--model", "x", "--set", "kl_weight=0"], "kl_weight=0"),
     (["--model", "x", "--set", "n_judged=0"], "n_judged=0"),
     (["--model", "x", "--set", "adapter.kind=steering"], "use lora"),
+    (["--model", "x", "--set", "adapter.modules="], "modules is empty"),
+    (["--model", "x", "--set", "adapter.alpha=nan"], "'nan' is no float"),
+    (["--model", "x", "--set", "sft.betas=0.9"], "betas=(0.9,) must be two"),
+    (["--model", "x", "--set", "sft.warmup=-1"], "warmup=-1 must be at least 0"),
+    (["--model", "x", "--set", f"seed={2**64}"], "must be from 0 to below"),
 ])
 def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
     assert message in misuse(capsys, *argv, "--out", str(tmp_path / "out"))
@@ -242,11 +248,9 @@ def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
 def test_what_the_model_cannot_do_is_refused_before_a_folder_is_made(argv, message, folder, capsys,
                                                                      tmp_path):
     out = tmp_path / "out"
-    if argv[0] == "--shard":
-        out = tmp_path / "shard"  # sharding comes after the folder is opened
     found = misuse(capsys, "--model", str(folder), "--device", "cpu", *argv, "--out", str(out))
     assert message in found
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("flag, line", [
