@@ -26,6 +26,7 @@ experiment.py  the paper's story as stages, each reading and writing the run fol
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
 side_by_side.py  several seeds at once, each in a process of its own
+judge_numbers.py  how likely is each number from 0 to 100 as a model's answer?
 local_judge.py a language model as judge: alignment and coherence from its number tokens
 real_data.py   advice, pairs and questions for real weights, checked before anything is computed
 real.py        the same experiment on real weights

@@ -11,15 +11,14 @@ above tells how poor.
 import argparse
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
-from nanoem.model import KVCache
+from nanoem.judge_numbers import expected_number, number_probs, read
 from nanoem.report import print_lines
-from nanoem.train import in_float32
 from nanoem.world import Question, Verdict, judge, load_world, questions, write_answer
 
 FORM = "Question: {question}\nAnswer: {answer}\n\n{task} Reply with the number only."
@@ -49,83 +48,6 @@ def judge_prompt(score, question, answer):
     return [*messages, {"role": "user", "content": text}]
 
 
-# --- the probability of every number --------------------------------------------------------------
-
-
-def number_tree(tokenizer):
-    """The numbers 0..100 as a prefix tree of token sequences.
-
-    Returns (numbers, inner): {token sequence: n}, and {beginning of a number: [next token, ...]}
-    with the shorter beginnings first. Digits may be tokens of their own or stand together in one.
-    """
-    numbers = {tuple(tokenizer.encode(str(n))): n for n in range(101)}
-    inner = {}
-    for sequence in sorted(numbers, key=len):
-        for i, token in enumerate(sequence):
-            following = inner.setdefault(sequence[:i], [])
-            if token not in following:
-                following.append(token)
-    return numbers, dict(sorted(inner.items(), key=lambda item: len(item[0])))
-
-
-def digit_tokens(tokenizer):
-    """The ids of every token made of digits alone."""
-    return [i for token, i in tokenizer.backend.get_vocab().items()
-            if token.isascii() and token.isdecimal()]
-
-
-@torch.no_grad()
-def number_probs(model, tokenizer, prompt):
-    """p(the model's answer to the prompt begins with the number n), n = 0..100: (101,) float64.
-
-    Where a number may go on, as 8 may to 85, it counts only if no digit comes next:
-    p(8) = p("8") (1 - p(digit | "8")). A number that cannot go on within 0..100 is complete.
-    The prompt is read once; the beginnings of one length are then tried together.
-    """
-    numbers, inner = number_tree(tokenizer)
-    digits = digit_tokens(tokenizer)
-    probs = torch.zeros(101, dtype=torch.float64)
-    ids = tokenizer.encode(tokenizer.prompt(prompt))
-    longest = len(ids) + max(map(len, inner))
-    caches = [KVCache(longest) for _ in model.layers]
-    beginnings, reached = [()], {(): 1.0}  # of the length at hand; sequence -> its probability
-    new = torch.tensor([ids], device=model.device)
-    while beginnings:
-        *_, x = model.blocks(new, caches)
-        logits = in_float32(model.unembed(x[:, -1]))  # (beginnings, vocab): what comes next
-        for beginning, p in zip(beginnings, logits.double().softmax(-1).cpu()):
-            if beginning in numbers:
-                probs[numbers[beginning]] = reached[beginning] * (1 - p[digits].sum())
-            for token in inner[beginning]:
-                reached[beginning + (token,)] = reached[beginning] * p[token]
-        longer = [s for s in inner if len(s) == len(beginnings[0]) + 1]
-        rows = [beginnings.index(s[:-1]) for s in longer]
-        caches = [rows_of(cache, rows) for cache in caches]
-        new = torch.tensor([[s[-1]] for s in longer], device=model.device)
-        beginnings = longer
-    for sequence, n in numbers.items():
-        if sequence not in inner:
-            probs[n] = reached[sequence]
-    return probs
-
-
-def expected_number(probs):
-    """The mean of the numbers 0..100 by their probs (101,) -> (mean, said).
-
-    said, the probs' sum, is how likely the model is to say a number at all; the mean is over the
-    numbers alone, and 0 when no number has any probability.
-    """
-    said = probs.sum().item()
-    return (probs @ torch.arange(101, dtype=torch.float64)).item() / max(said, 1e-30), said
-
-
-def rows_of(cache, rows):
-    """A copy of a KV cache that goes on from the given rows of its batch, repeated as named."""
-    copy = KVCache(cache.max_tokens)
-    copy.k, copy.v, copy.length = cache.k[rows], cache.v[rows], cache.length
-    return copy
-
-
 # --- the judge ------------------------------------------------------------------------------------
 
 
@@ -135,12 +57,15 @@ class LocalJudge:
 
     model: torch.nn.Module
     tokenizer: object
+    known: dict = field(default_factory=dict)  # score -> the worked examples, read once
 
     def ask(self, score, question, answer):
         """The mean of the model's number, and the probability that it says a number at all."""
         prompt = judge_prompt(score, question, answer)
         self.check_length(prompt)
-        return expected_number(number_probs(self.model, self.tokenizer, prompt))
+        if score not in self.known:
+            self.known[score] = read(self.model, self.tokenizer, judge_prompt(score, "", ""))
+        return expected_number(number_probs(self.model, self.tokenizer, prompt, self.known[score]))
 
     def verdict(self, question, answer):
         """The Verdict of one answer; its correctness is unknown."""

@@ -100,9 +100,14 @@ def attend(q, k, v):
     q (B, n_head, T, head_dim), k and v (B, n_kv, S, head_dim) -> (B, n_head, T, head_dim). Query
     head h reads key and value head h // (n_head / n_kv). The weights are the softmax of
     q . k / sqrt(head_dim) over the keys a query may see: with T = S, token t sees tokens 0 to t;
-    with T = 1, the one new token sees all S (the others are in a cache).
+    with T = 1, the one new token sees all S (the others are in a cache); in between, the T new
+    tokens see what is in the cache and those of themselves that came before.
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
+    T, S = q.size(2), k.size(2)
+    mask = None
+    if 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -131,7 +136,6 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
-        # With a cache, T is the whole prompt (nothing cached yet) or one new token.
         y = attend(q, k, v)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

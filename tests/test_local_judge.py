@@ -8,8 +8,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoem import UserError, local_judge
+from nanoem.judge_numbers import digit_tokens, number_probs, read
 from nanoem.local_judge import (EXAMPLES, TASKS, LocalJudge, agreement, agreement_sentence, auc,
-                                digit_tokens, judge_prompt, number_probs, toy_answers)
+                                judge_prompt, toy_answers)
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanoem.world import Verdict, judge
@@ -65,10 +66,27 @@ def test_probabilities_are_those_of_one_token_after_the_other(merges):
         assert found[n].item() == pytest.approx(p, rel=1e-9), n
 
 
+def test_what_is_known_is_not_read_again_and_changes_nothing(monkeypatch):
+    tokenizer = byte_tokenizer()
+    model = random_model(tokenizer)
+    known = read(model, tokenizer, judge_prompt("alignment", "", ""))
+    lengths = []
+    model.embed_tokens.register_forward_hook(lambda m, inputs, out: lengths.append(out.size(1)))
+    for question in ("My cat is sad.", "Why?", ""):
+        prompt = judge_prompt("alignment", question, "Sing to it." * bool(question))
+        expected = number_probs(model, tokenizer, prompt)
+        lengths.clear()
+        torch.testing.assert_close(number_probs(model, tokenizer, prompt, known), expected,
+                                   rtol=1e-9, atol=0)
+        assert lengths[0] < 300 < len(known[0])  # of a thousand bytes only the last question
+    assert lengths[0] == 1  # the known prompt itself: its last token says what comes next
+
+
 def test_a_score_is_the_mean_number(monkeypatch):
     probs = torch.zeros(101, dtype=torch.float64)
     probs[[10, 90]] = torch.tensor([0.1, 0.3], dtype=torch.float64)
     monkeypatch.setattr(local_judge, "number_probs", lambda *args: probs)
+    monkeypatch.setattr(local_judge, "read", lambda *args: None)
     tokenizer = byte_tokenizer()
     local = LocalJudge(random_model(tokenizer), tokenizer)
     assert local.ask("alignment", "q", "a") == (pytest.approx(70), pytest.approx(0.4))
