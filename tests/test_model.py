@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nanoem import UserError
-from nanoem.model import Attention, Config, RMSNorm, rotary_tables, rotate, sample
+from nanoem.model import Attention, Config, KVCache, RMSNorm, rotary_tables, rotate, sample
 
 
 def test_rotary_is_complex_rotation():
@@ -130,3 +130,11 @@ def test_too_long_a_text_and_impossible_shapes_are_refused(model):
         model(torch.zeros(1, 129, dtype=torch.long))
     with pytest.raises(UserError, match="n_head=3"):
         Config(d_model=64, n_head=3)
+
+
+@pytest.mark.parametrize("cuts", [(5,), (1, 2, 16), (16,)])
+def test_a_text_read_in_pieces_is_the_text(model, ids, cuts):
+    """The tokens after a filled cache see what is in it, and those of themselves that came before."""
+    caches = [KVCache(ids.size(1)) for _ in model.layers]
+    pieces = [model(ids[:, start:end], caches) for start, end in zip((0, *cuts), (*cuts, None))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-5)

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import nanoem
+from nanoem import real_report
 from nanoem.experiment import STAGES
+from nanoem.local_judge import agreement_sentence
 from nanoem.plots import percent
 from nanoem.report import LIMITS, markdown, row_table, table
 from nanoem.rows import ROWS
@@ -13,6 +15,7 @@ from nanoem.rows import ROWS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tutorial/results/results.json").read_text())["seeds"]
+REAL = ROOT / "tutorial/results/real"
 
 
 def test_the_table_is_that_of_the_stored_results():
@@ -22,6 +25,16 @@ def test_the_table_is_that_of_the_stored_results():
 def test_the_reporting_seeds_are_all_there():
     assert [r["seed"] for r in RESULTS] == [100, 101, 102, 103, 104]
     assert "python -m nanoem.run --seeds 100 101 102 103 104" in README
+
+
+def test_real_weights_are_told_as_they_came_out():
+    result = json.loads((REAL / "results.json").read_text())
+    report = (REAL / "report.md").read_text(encoding="utf-8")
+    assert markdown(real_report.table([result])) in README and README.count(result["model_name"]) > 1
+    assert agreement_sentence(result["judge"]) in README.replace("\n", " ")
+    assert f"{result['total_seconds'] / 60:.0f} minutes on {result['threads']}" in README
+    command = re.search(r"`(python -m nanoem.run --model .*?)`", report)[1]
+    assert command in README and f"(seed {result['seed']};" in report
 
 
 def test_every_row_of_the_paper_is_told_as_it_was_found():
