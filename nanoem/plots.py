@@ -83,7 +83,7 @@ def draw_row(row, results, folder):
     row.draw(list(axes[0]), founds)
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
-            ax.legend(fontsize=7.5)
+            (leave_room_for_legend if ax.patches else plt.Axes.legend)(ax, fontsize=7.5)
     figure.suptitle(textwrap.fill(f"{row.key}. {row.title(founds)}", 100), fontsize=10)
     note_seeds(figure, results, "bars and thick lines: median; dots and thin lines: seeds")
     return save(figure, Path(folder) / f"{row.name}.png")
