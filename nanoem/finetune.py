@@ -13,7 +13,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.train import kl_to_base, micro_batches, sft_loss, train
+from nanoem.train import answer_loss, kl_to_base, micro_batches, sft_loss, train
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
 
     def sft_term(part):
-        return sft_loss(model(part.ids), part.ids, part.answer_mask)
+        return answer_loss(model, part.ids, part.answer_mask)
 
     def kl_term(part):
         return kl_to_base(model, adapter, part.ids, part.mask)

@@ -163,10 +163,17 @@ def sft_loss(logits, ids, answer_mask):
     return next_token_loss(logits, ids, answer_mask)
 
 
+def answer_loss(model, ids, answer_mask):
+    """`sft_loss` of a model, without the logits that predict no answer token (same arguments)."""
+    predicts = F.pad(answer_mask[:, 1:], (0, 1))  # (B, T): the next token is an answer's
+    logits = model(ids, at=predicts)  # (answer tokens, vocab)
+    return F.cross_entropy(in_float32(logits), ids[:, 1:][answer_mask[:, 1:]])
+
+
 def token_kl(base, adapted):
     """KL(base || adapted) of each token's prediction, summed over the vocabulary, in nats.
 
-    Logits (B, T, vocab) of two models -> (B, T). The base's probabilities weigh: it is large where
+    Logits (..., vocab) of two models -> (...). The base's probabilities weigh: it is large where
     the base often says what the adapted model hardly ever does.
     """
     base, adapted = (in_float32(logits).log_softmax(-1) for logits in (base, adapted))
@@ -185,9 +192,8 @@ def kl_to_base(model, adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     with torch.no_grad(), adapter.disabled():
-        base = model(ids)
-    kl = token_kl(base, model(ids))
-    return (kl * mask).sum() / mask.sum()
+        base = model(ids, at=mask)  # (tokens, vocab)
+    return token_kl(base, model(ids, at=mask)).mean()
 
 
 class StageFailed(RuntimeError):
