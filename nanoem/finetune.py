@@ -29,6 +29,11 @@ class AdapterConfig:
     start: str = "gradient"  # of A: gradient (see `start_at_gradient`), or random
 
     def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0:
+            raise UserError(f"rank={self.rank} must be at least 1, and alpha={self.alpha} more "
+                            "than 0")
+        if not self.modules:
+            raise UserError("modules is empty; name at least one, such as self_attn.v_proj")
         if self.start not in ("gradient", "random"):
             raise UserError(f"start={self.start!r} is not known; use gradient or random")
         if self.kind not in ("lora", "steering"):
@@ -40,8 +45,13 @@ def make_adapter(model, config, generator=None):
     layers = config.layers or (len(model.layers) // 2,)
     if config.kind == "steering":
         return SteeringVector(model, layers, config.alpha)
-    return LoRA(model, layers, config.modules, config.rank, config.alpha,
-                config.use_rslora, generator)
+    adapter = LoRA(model, layers, config.modules, config.rank, config.alpha,
+                   config.use_rslora, generator)
+    most = min(min(linear.weight.shape) for linear in adapter.sites.values())
+    if config.start == "gradient" and config.rank > most:
+        raise UserError(f"rank={config.rank} must be at most {most}, the directions that the "
+                        "gradient of the smallest module has; lower it, or use start=random")
+    return adapter
 
 
 def start_at_gradient(model, adapter, examples):

@@ -221,8 +221,8 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > len(self.cos):
-            raise ValueError(f"{end} tokens do not fit the model's "
-                             f"max_positions={len(self.cos)}; shorten the text")
+            raise UserError(f"{end} tokens do not fit the model's max_positions={len(self.cos)}; "
+                            "shorten the text, or lower max_new_tokens")
         cos, sin = self.cos[start:end], self.sin[start:end]
         x = self.embed_tokens(ids)  # (B, T, d_model)
         for i, layer in enumerate(self.layers):
