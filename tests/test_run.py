@@ -245,9 +245,10 @@ def test_only_our_five_packages_are_imported():
     root = Path(run.__file__).parents[1]
     ours = {"nanoem", "tutorial", "torch", "numpy", "tokenizers", "matplotlib", "pytest",
             *(file.stem for file in root.glob("tutorial/*.py"))}
-    makers = {root / "tests/fixtures/make.py"}  # runs elsewhere, with the reference libraries
+    elsewhere = {root / "tests/fixtures/make.py",  # with the reference libraries, if there
+                 *root.glob("tests/benchmarks/*.py")}
     folders = ("nanoem", "tests", "tutorial")
-    for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - makers:
+    for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - elsewhere:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) else [])
