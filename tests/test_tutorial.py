@@ -89,14 +89,22 @@ def test_the_path_says_what_a_chapter_takes(chapter):
 
 def test_the_glossary_has_every_term_once_and_in_order():
     glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    chapter_of = dict(re.findall(r"^- \*\*([^*]+)\*\* \((\d+)\)", glossary, re.M))
     terms = re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.M)
-    assert terms == sorted(set(terms), key=str.lower)
+    assert terms == sorted(set(terms), key=str.lower) and terms == [*chapter_of]
+    bold = {}  # a term is bold once, where it is explained -> the chapter
     for chapter in TESTS:
         page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
         for text in re.findall(r"\*\*([^*]+)\*\*", page):
-            term = " ".join(text.lower().split()).removesuffix("s")
-            if not term.endswith((".", "?", ":")):  # else it is a small headline
-                assert term in " ".join(glossary.lower().split()), f"{chapter}: {term}"
+            term = " ".join(text.lower().split())
+            if term.endswith((".", "?", ":")) or term == "experiment":
+                continue  # a small headline; a mark in the table of exercises
+            assert term not in bold, f"'{term}' is explained in {bold[term]} and in {chapter}"
+            bold[term] = chapter
+            assert term.removesuffix("s") in " ".join(glossary.lower().split()), (chapter, term)
+    for term, number in chapter_of.items():
+        for word in (term.lower(), term.lower() + "s"):
+            assert word not in bold or int(bold[word][:2]) == int(number), (term, bold[word])
 
 
 class Close(doctest.OutputChecker):
