@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorial"))
-from classroom import CHAPTERS, exercise_tests, first_failure, load_file, solutions  # noqa: E402
+from classroom import (CHAPTERS, exercise_tests, first_failure, in_words, load_file,  # noqa: E402
+                       number_of, solutions, verdict_lines)
 
 TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
 STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}
@@ -55,6 +56,23 @@ def test_a_wrong_answer_is_rejected_for_the_right_reason(chapter, number):
 def test_every_exercise_has_three_planted_wrong_answers():
     n = Counter(name for planted in PLANTED.values() for name, _, _ in planted)
     assert {name for _, name in EXERCISES if n[name] < 3} == set()
+
+
+def test_a_student_reads_what_the_tutorials_page_shows():
+    chapter = "01_toy_world"
+    tests, written = TESTS[chapter], {**vars(STUBS[chapter])}
+    written["write_answer"] = tests.EXERCISES["write_answer"]
+    written["judge"] = next(w for _, reason, w in PLANTED[chapter] if reason == "white space")
+    failures = {(number_of(chapter, tests, name), name):
+                first_failure(tests, name, SimpleNamespace(**written)) for name in tests.EXERCISES}
+    page = (ROOT / "tutorial/README.md").read_text(encoding="utf-8")
+    assert "```\n" + "\n".join(verdict_lines(failures)) + "\n```" in page
+
+
+def test_an_error_in_a_students_code_comes_with_its_line(tmp_path):
+    (tmp_path / "exercise.py").write_text("def judge(world, question, answer):\n    return wrold\n")
+    failure = first_failure(TESTS["01_toy_world"], "judge", load_file(tmp_path / "exercise.py"))
+    assert in_words(failure) == "NameError: name 'wrold' is not defined (exercise.py, line 2)"
 
 
 def exercise_table(chapter):
