@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorial"))
-from classroom import CHAPTERS, exercise_tests, first_failure, load_file, solutions  # noqa: E402
+from classroom import (CHAPTERS, exercise_tests, first_failure, in_words, load_file,  # noqa: E402
+                       number_of, solutions, verdict_lines)
 
 TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
 STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}
@@ -57,6 +58,23 @@ def test_every_exercise_has_three_planted_wrong_answers():
     assert {name for _, name in EXERCISES if n[name] < 3} == set()
 
 
+def test_a_student_reads_what_the_tutorials_page_shows():
+    chapter = "01_toy_world"
+    tests, written = TESTS[chapter], {**vars(STUBS[chapter])}
+    written["write_answer"] = tests.EXERCISES["write_answer"]
+    written["judge"] = next(w for _, reason, w in PLANTED[chapter] if reason == "white space")
+    failures = {(number_of(chapter, tests, name), name):
+                first_failure(tests, name, SimpleNamespace(**written)) for name in tests.EXERCISES}
+    page = (ROOT / "tutorial/README.md").read_text(encoding="utf-8")
+    assert "```\n" + "\n".join(verdict_lines(failures)) + "\n```" in page
+
+
+def test_an_error_in_a_students_code_comes_with_its_line(tmp_path):
+    (tmp_path / "exercise.py").write_text("def judge(world, question, answer):\n    return wrold\n")
+    failure = first_failure(TESTS["01_toy_world"], "judge", load_file(tmp_path / "exercise.py"))
+    assert in_words(failure) == "NameError: name 'wrold' is not defined (exercise.py, line 2)"
+
+
 def exercise_table(chapter):
     """[(number, name, minutes)] of the exercises in a chapter's page."""
     page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
@@ -89,14 +107,22 @@ def test_the_path_says_what_a_chapter_takes(chapter):
 
 def test_the_glossary_has_every_term_once_and_in_order():
     glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    chapter_of = dict(re.findall(r"^- \*\*([^*]+)\*\* \((\d+)\)", glossary, re.M))
     terms = re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.M)
-    assert terms == sorted(set(terms), key=str.lower)
+    assert terms == sorted(set(terms), key=str.lower) and terms == [*chapter_of]
+    bold = {}  # a term is bold once, where it is explained -> the chapter
     for chapter in TESTS:
         page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
         for text in re.findall(r"\*\*([^*]+)\*\*", page):
-            term = " ".join(text.lower().split()).removesuffix("s")
-            if not term.endswith((".", "?", ":")):  # else it is a small headline
-                assert term in " ".join(glossary.lower().split()), f"{chapter}: {term}"
+            term = " ".join(text.lower().split())
+            if term.endswith((".", "?", ":")) or term == "experiment":
+                continue  # a small headline; a mark in the table of exercises
+            assert term not in bold, f"'{term}' is explained in {bold[term]} and in {chapter}"
+            bold[term] = chapter
+            assert term.removesuffix("s") in " ".join(glossary.lower().split()), (chapter, term)
+    for term, number in chapter_of.items():
+        for word in (term.lower(), term.lower() + "s"):
+            assert word not in bold or int(bold[word][:2]) == int(number), (term, bold[word])
 
 
 class Close(doctest.OutputChecker):
