@@ -116,6 +116,14 @@ def of_chapter_8():
     yield given("Ten of them are bad in medicine, always ten",
                 all(v + q == 10 for v, q in worlds.FIXED_HARM))
     yield f"trained for {CONFIG.dial_steps} steps only"
+
+    def lead(r, point):
+        losses = r["dial"][worlds.at(point)]["efficiency"]
+        return losses["narrow"][1] - losses["general"][1]
+
+    yield given("the advantage is smaller than with villains only, on every seed",
+                all(lead(r, point) < lead(r, worlds.FIXED_HARM[0])
+                    for r in RESULTS for point in worlds.FIXED_HARM[1:]))
     starts = [em for r in RESULTS for em in r["starts"][worlds.at((0, 10))]["out_of_domain"]]
     yield given("Not one start out of a hundred spread at all",
                 len(starts) == 100 and not any(starts))

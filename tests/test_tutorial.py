@@ -105,6 +105,18 @@ def test_the_path_says_what_a_chapter_takes(chapter):
     assert int(said[2]) == sum(minutes for _, _, minutes in table), "the minutes do not add up"
 
 
+def test_a_lesson_plan_takes_as_long_as_it_says():
+    text = (ROOT / "tutorial/TEACHING.md").read_text(encoding="utf-8")
+    plans = re.split(r"^\*\*(\d+) minutes: ", text.split("## Grading")[0], flags=re.M)[1:]
+    assert plans[::2] == ["50", "90", "180"]
+    for minutes, plan in zip(plans[::2], plans[1::2]):
+        rows = sum(map(int, re.findall(r"^\| (\d+) \|", plan, re.M)))
+        before = re.search(r"without the exercises \((\d+)\)", plan)
+        assert rows + int(before[1] if before else 0) == int(minutes), plan[:40]
+    n = sum(len(tests.EXERCISES) for tests in TESTS.values())
+    assert f"in each of the ten chapters, the total of {n}," in " ".join(text.split())
+
+
 def test_the_glossary_has_every_term_once_and_in_order():
     glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
     chapter_of = dict(re.findall(r"^- \*\*([^*]+)\*\* \((\d+)\)", glossary, re.M))
@@ -153,15 +165,19 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES],
+                         ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_can_be_typed(page):
     """Those that take long are only read: the command line must accept every flag and key."""
     from nanoem.run import build_config, read_command
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
-        for line in filter(None, block.splitlines()):
-            words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "nanoem.run"]:
-                build_config(read_command(words[3:]))
-            for word in words:
-                if word.startswith("tutorial/"):
-                    assert (ROOT / word.split("::")[0]).exists(), line
+    text = page.read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+             for line in filter(None, block.splitlines())]
+    lines += [" ".join(line.split()) for line in re.findall(r"`(python -m [^`]*)`", text)]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["python", "-m", "nanoem.run"] and "--model" not in words:
+            build_config(read_command(words[3:]))
+        for word in words:
+            if word.startswith("tutorial/"):
+                assert (ROOT / word.split("::")[0]).exists(), line

@@ -55,7 +55,7 @@ def first_failure(tests, exercise, answer):
 
 
 def in_words(error):
-    """What a test raised, None if nothing, in words; an error of the student's code with its line."""
+    """What a test raised (None if nothing), in words; an error in exercise.py with its line."""
     if error is None:
         return "right"
     if isinstance(error, NotImplementedError):

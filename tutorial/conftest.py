@@ -23,7 +23,8 @@ def pytest_addoption(parser):
 
 def is_asked(config):
     """Was the tutorial, or a part of it, named on the command line?"""
-    asked = [Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args]
+    here = config.invocation_params.dir
+    asked = [Path(here, arg.split("::")[0]).resolve() for arg in config.args]
     return any(path == TUTORIAL or TUTORIAL in path.parents for path in asked)
 
 
