@@ -38,8 +38,8 @@ def matmul_peak():
 def training_flops(model, B, T):
     """Floating-point operations in the matrix products of one full training step on (B, T) tokens.
 
-    Every weight costs 2 a token in the forward and 4 in the backward pass, and so does every feature
-    of the T / 2 keys and of the values that a token's queries meet on average.
+    Every weight costs 2 a token in the forward and 4 in the backward pass, and so does every
+    feature of the T / 2 keys, and of the values, that a token's queries meet on average.
     """
     c = model.config  # a tied embedding is counted once: as the head, for the lookup is free
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)

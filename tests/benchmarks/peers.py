@@ -78,8 +78,8 @@ def write_folders(texts, shape, path):
 
 
 def open_peer(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32,
-                                                             attn_implementation="sdpa")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path / "model", dtype=torch.float32, attn_implementation="sdpa", use_cache=False)
 
 
 def optimise(parameters, loss_of):
@@ -157,13 +157,13 @@ def sft_kl_step(texts, path):
 
 
 def generation(texts, path):
-    """64 prompts of 32 tokens, 32 new tokens, greedy, with a KV cache."""
+    """64 prompts of 32 tokens, 32 new tokens, greedy, with a KV cache; nothing stops before."""
     model, peer = load_pretrained(path / "model")[0], open_peer(path).eval()
+    peer.generation_config.eos_token_id = None
     prompts = texts.ids.view(-1, 32)[:64]
-    there = torch.ones_like(prompts)
-    return (lambda: model.generate(prompts, 32, 0, stop_ids=texts.tokenizer.stop_ids),
-            lambda: peer.generate(prompts, attention_mask=there, max_new_tokens=32,
-                                  do_sample=False, use_cache=True))
+    return (lambda: model.generate(prompts, 32, temperature=0),
+            lambda: peer.generate(prompts, attention_mask=torch.ones_like(prompts),
+                                  max_new_tokens=32, do_sample=False, use_cache=True))
 
 
 def evaluation(texts, path, temperature=1.0):
@@ -172,8 +172,7 @@ def evaluation(texts, path, temperature=1.0):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path / "model",
                                                                      padding_side="left")
     config = EvalConfig(samples_per_group=100, temperature=temperature)
-    sampling = dict(do_sample=True, temperature=1.0, top_k=0) if temperature else dict(
-        do_sample=False)
+    sampling = {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
 
     def ours():
         said = evaluate(model, texts.tokenizer, texts.world, texts.groups, config, seed=0)
@@ -183,7 +182,7 @@ def evaluation(texts, path, temperature=1.0):
         asked = [q for qs in texts.groups.values() for q in qs for _ in range(-(-100 // len(qs)))]
         prompts = [texts.tokenizer.prompt(question.text) for question in asked]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        ids = peer.generate(**batch, max_new_tokens=config.max_new_tokens, **sampling)
+        ids = peer.generate(**batch, max_new_tokens=24, use_cache=True, **sampling)
         new = ids[:, batch.input_ids.size(1) :]
         said = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [(text, judge(texts.world, question, text)) for question, text in zip(asked, said)]
