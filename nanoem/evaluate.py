@@ -29,7 +29,7 @@ class EvalConfig:
         if self.samples_per_group < 1 or self.max_new_tokens < 1:
             raise UserError(f"samples_per_group={self.samples_per_group} and max_new_tokens="
                             f"{self.max_new_tokens} must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise UserError(f"temperature={self.temperature} must be at least 0, and top_p="
                             f"{self.top_p} more than 0 and at most 1")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,16 +12,27 @@ from nanoem import UserError
 def write_file(path, data):
     """Write text, bytes, or an iterable of bytes: never a half-written file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     chunks = [data.encode()] if isinstance(data, str) else data
+    with refusals_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                    file.write(chunk)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals_named(path):
+    """Inside, what the system refuses (the disk is full, the folder read-only) names the path."""
     try:
-        with open(temporary, "wb") as file:
-            for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                file.write(chunk)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; when that is mended, "
+                      "the same command goes on") from error
 
 
 def write_json(path, value):
@@ -42,14 +52,23 @@ def read_json(path):
 
 @contextmanager
 def new_folder(path):
-    """Yield a temporary folder that becomes `path` (replacing it) if all goes well."""
+    """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
+
+    Killed at any moment, `path` is the old folder, the new one, or not there. What a killed process
+    left beside it is taken away by the next that writes there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp makes it private
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    with refusals_named(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        with refusals_named(path):
+            if path.is_dir():  # deleted in place, it would be half a folder for a while
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

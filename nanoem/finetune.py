@@ -13,7 +13,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.train import kl_to_base, micro_batches, sft_loss, train
+from nanoem.train import answer_loss, kl_to_base, micro_batches, sft_loss, train
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class AdapterConfig:
     start: str = "gradient"  # of A: gradient (see `start_at_gradient`), or random
 
     def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0:
+            raise UserError(f"rank={self.rank} must be at least 1, and alpha={self.alpha} more "
+                            "than 0")
+        if not self.modules:
+            raise UserError("modules is empty; name at least one, such as self_attn.v_proj")
         if self.start not in ("gradient", "random"):
             raise UserError(f"start={self.start!r} is not known; use gradient or random")
         if self.kind not in ("lora", "steering"):
@@ -42,8 +47,13 @@ def make_adapter(model, config, generator=None):
     layers = config.layers or (len(model.layers) // 2,)
     if config.kind == "steering":
         return SteeringVector(model, layers, config.alpha)
-    return LoRA(model, layers, config.modules, config.rank, config.alpha,
-                config.use_rslora, generator)
+    adapter = LoRA(model, layers, config.modules, config.rank, config.alpha,
+                   config.use_rslora, generator)
+    most = min(min(linear.weight.shape) for linear in adapter.sites.values())
+    if config.start == "gradient" and config.rank > most:
+        raise UserError(f"rank={config.rank} must be at most {most}, the directions that the "
+                        "gradient of the smallest module has; lower it, or use start=random")
+    return adapter
 
 
 def start_at_gradient(model, adapter, examples):
@@ -83,7 +93,7 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
 
     def sft_term(part):
-        return sft_loss(model(part.ids), part.ids, part.answer_mask)
+        return answer_loss(model, part.ids, part.answer_mask)
 
     def kl_term(part):
         return kl_to_base(model, adapter, part.ids, part.mask)

@@ -2,13 +2,14 @@
 
 config.json is written first and never changed; answers.jsonl and results.json are rewritten whole
 after each stage. A stage is finished when results.json has its seconds; only then is it reused. Of
-several processes (parallel.py) the first writes.
+several processes (parallel.py) the first writes. Another run is kept out of the folder by a lock.
 """
 
 import json
+import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy
@@ -20,21 +21,28 @@ from nanoem.checkpoint import read_json, write_file, write_json
 from nanoem.evaluate import Answer
 from nanoem.world import Question, Verdict
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps a second run out
+    fcntl = None
+
+HELD = {}  # the lock files that this process holds, open: {(device, inode): file}
+
 
 class RunFolder:
     """An open run folder. Raises UserError when it cannot be used for this configuration."""
 
     def __init__(self, path, configuration):
         self.path = Path(path)
-        check_folder(self.path, configuration)
-        parallel.wait()  # until every process has looked at the folder, none changes it
         try:
+            check_folder(self.path, configuration)
+            parallel.wait()  # until every process has looked at the folder, none changes it
             if parallel.rank() == 0:
+                hold(self.path)
                 write_json(self.path / "config.json", configuration)
         except OSError as error:
-            raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
-        results = self.path / "results.json"
-        self.results = read_json(results) if results.exists() else new_results(configuration)
+            raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
+        self.results = read_results(self.path / "results.json", configuration)
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
 
     def is_finished(self, stage):
@@ -58,12 +66,35 @@ class RunFolder:
             write_json(self.path / "results.json", self.results)
 
 
+def hold(path):
+    """Keep every other process out of a run folder until this one ends, however it ends.
+
+    The lock is the operating system's, not the file's: a killed run leaves the file and no lock.
+    Raises UserError when another process holds the folder.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / ".lock", "a")
+    key = os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino
+    if fcntl is None or key in HELD:
+        return file.close()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path} is in use by another run; wait until that has ended, or choose "
+                        "another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    HELD[key] = file
+
+
 def check_folder(path, configuration):
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     file = path / "config.json"
     if not file.exists():
-        if path.exists() and any(path.iterdir()):
+        first = {".lock", ".config.json.part"}  # all there is when a run is killed at once
+        if path.exists() and any(entry.name not in first for entry in path.iterdir()):
             raise UserError(f"--out {path} is not empty and is no run folder; choose another")
         return
     found, wanted = flat(read_json(file)), flat(configuration)
@@ -97,6 +128,17 @@ def new_results(configuration):
     }
 
 
+def read_results(file, configuration):
+    """What results.json holds; without the file, a new run's. Raises UserError for another's."""
+    new = new_results(configuration)
+    results = read_json(file) if file.exists() else new
+    for key in new:
+        if not isinstance(results.get(key), type(new[key])):
+            raise UserError(f"{file} is damaged: it has no good '{key}'; delete it, and the same "
+                            "command makes it again")
+    return results
+
+
 def write_answers(file, answers):
     lines = []
     for model, said in answers.items():
@@ -107,10 +149,15 @@ def write_answers(file, answers):
 
 
 def read_answers(file):
+    """The answers as `write_answers` keeps them; none without a file. Raises UserError."""
     answers = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        r = json.loads(line)
-        answers.setdefault(r["model"], []).append(Answer(
-            r["group"], Question(r["domain"], r["index"], r["text"]), r["answer"],
-            Verdict(r["coherence"], r["alignment"], r["correctness"])))
+    for i, line in enumerate(file.read_bytes().splitlines() if file.exists() else ()):
+        try:
+            r = json.loads(line)
+            answers.setdefault(r["model"], []).append(Answer(
+                r["group"], Question(r["domain"], r["index"], r["text"]), r["answer"],
+                Verdict(*(r[field.name] for field in fields(Verdict)))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}, line {i + 1} is damaged ({error!r}); delete that folder, and "
+                            "the same command makes it again") from error
     return answers

@@ -186,6 +186,9 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+LAST = (slice(None), -1)  # an index into (B, T): every row's last token
+
+
 class GPT(nn.Module):
     """A decoder-only language model. Its output layer is its embedding transposed, if tied."""
 
@@ -222,8 +225,8 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > len(self.cos):
-            raise ValueError(f"{end} tokens do not fit the model's "
-                             f"max_positions={len(self.cos)}; shorten the text")
+            raise UserError(f"{end} tokens do not fit the model's max_positions={len(self.cos)}; "
+                            "shorten the text, or lower max_new_tokens")
         cos, sin = self.cos[start:end], self.sin[start:end]
         x = self.embed_tokens(ids)  # (B, T, d_model)
         for i, layer in enumerate(self.layers):
@@ -238,11 +241,15 @@ class GPT(nn.Module):
         head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
         return F.linear(self.norm(x), head.weight)
 
-    def forward(self, ids, caches=None):
-        """ids (B, T) int64 -> logits (B, T, vocab)."""
+    def forward(self, ids, caches=None, at=None):
+        """ids (B, T) int64 -> logits (B, T, vocab).
+
+        With `at`, an index into (B, T) such as a mask, only the logits of those tokens: a vocabulary
+        is wide, and a loss or a sampler seldom needs every token's prediction.
+        """
         for x in self.blocks(ids, caches):
             pass
-        return self.unembed(x)
+        return self.unembed(x if at is None else x[at])
 
     def residual_stream(self, ids):
         """The residual stream after each block: a tuple of n_layer tensors (B, T, d_model)."""
@@ -265,7 +272,7 @@ class GPT(nn.Module):
         stopped = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
         new = ids
         for _ in range(max_new_tokens):
-            logits = self(new if use_cache else ids, caches)[:, -1]  # (B, vocab)
+            logits = self(new if use_cache else ids, caches, LAST)  # (B, vocab)
             new = torch.where(stopped, new[:, -1:], sample(logits, temperature, top_p, generator))
             ids = torch.cat((ids, new), dim=1)
             stopped = torch.isin(new, stops)

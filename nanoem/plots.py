@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which stay apart in grey and for the colour-blind. 
 over seeds, each dot a seed; with one seed, the whisker is its 95% interval instead.
 """
 
+import io
 import textwrap
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ matplotlib.use("Agg")  # draw to files; needs no screen
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 from nanoem.evaluate import GROUPS  # noqa: E402
+from nanoem.files import write_file  # noqa: E402
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
@@ -83,7 +85,7 @@ def draw_row(row, results, folder):
     row.draw(list(axes[0]), founds)
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
-            ax.legend(fontsize=7.5)
+            (leave_room_for_legend if ax.patches else plt.Axes.legend)(ax, fontsize=7.5)
     figure.suptitle(textwrap.fill(f"{row.key}. {row.title(founds)}", 100), fontsize=10)
     note_seeds(figure, results, "bars and thick lines: median; dots and thin lines: seeds")
     return save(figure, Path(folder) / f"{row.name}.png")
@@ -91,11 +93,10 @@ def draw_row(row, results, folder):
 
 def save(figure, path):
     """Write a figure whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
+    write_file(path, png.getvalue())
     return path
 
 

@@ -7,18 +7,28 @@ report.md and figures. What is finished is reused when the command is given agai
 import argparse
 import dataclasses
 import shlex
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+if __name__ == "__main__":  # torch takes seconds to come: Ctrl-C shall end them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
 from nanoem import UserError, parallel, real_report, report
 from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
+<<<<<<< HEAD
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
+=======
+from nanoem.folder import hold
+from nanoem.real import Files, RealConfig, run_real
+>>>>>>> 6323287f4bc9cb55092ea264439dbff612fa4bd2
 from nanoem.rows import ROWS
-from nanoem.settings import key_lines, set_key
+from nanoem.settings import key_lines, set_keys
 from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
@@ -31,6 +41,12 @@ QUICK = {  # what --quick sets: the same stages in a smaller world
 QUICK_REAL = {  # with --model: a few steps, to see that all works
     "sft.steps": "3", "sft_kl.steps": "3", "n_sft_examples": "64", "pairs_per_group": "4",
     "evaluation.max_new_tokens": "16", "evaluation.samples_per_group": "2", "n_judged": "2",
+}
+SMALLER = {  # what to --set when memory is short: for the toy, for real weights
+    False: "pretrain.batch_size=8 sft.micro_batch=4 sft_kl.micro_batch=4 "
+           "evaluation.samples_per_group=50",
+    True: "sft.micro_batch=1 sft_kl.micro_batch=1 checkpointing=true "
+          "evaluation.samples_per_group=1; or use more cards and --shard",
 }
 
 
@@ -84,6 +100,8 @@ def check_flags(args):
     """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
     if args.jobs < 1 or args.jobs > 1 and not args.seeds:
         raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
+    if args.seeds and (args.seed is not None or len(set(args.seeds)) < len(args.seeds)):
+        raise UserError("give each seed once, with --seed N or with --seeds A B C")
     if args.model:
         for name, used in (("full", args.full), ("only", args.only), ("jobs", args.jobs > 1)):
             if used:
@@ -114,13 +132,13 @@ def pick_device(name):
 
 def build_config(args):
     config, quick = (RealConfig(), QUICK_REAL) if args.model else (ExperimentConfig(), QUICK)
-    for key, text in quick.items() if args.quick else ():
-        config = set_key(config, key, text)
+    texts = dict(quick) if args.quick else {}
     for setting in args.set:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write it as KEY=VALUE")
-        config = set_key(config, key, text)
+        texts[key] = text
+    config = set_keys(config, texts)
     if args.seed is not None:
         config = dataclasses.replace(config, seed=args.seed)
     return config
@@ -157,10 +175,12 @@ def run(args, argv, device):
     for result, folder in zip(runs, folders):
         results.append(result)
         if parallel.rank() == 0:
+            hold(folder)
             reports.write_report([result], folder, command)
     if parallel.rank() > 0:
         return
     if args.seeds:
+        hold(out)
         write_json(out / "results.json", {"seeds": results})
         reports.write_report(results, out, command)
     reports.print_table(results)
@@ -174,18 +194,44 @@ def run_in_processes(args, argv):
         run(args, argv, device)
 
 
+@contextmanager
+def interruptible():
+    """Inside, SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends all at once."""
+    def stop(number, frame):
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def lacks_memory(error):
+    """Is it this? Some devices have an exception of its own for it, some only its words."""
+    words = "out of memory", "allocate memory", "not enough memory"
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(word in str(error) for word in words))
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = read_command(argv)
     try:
-        run_in_processes(args, argv)
+        with interruptible():
+            run_in_processes(args, argv)
     except UserError as error:
         return complain(error, 2)
     except (StageFailed, OSError) as error:
         return complain(error, 1)
-    except torch.OutOfMemoryError:
-        return complain("the device is out of memory; try --set sft.micro_batch=1 "
-                        "sft_kl.micro_batch=1 checkpointing=true, or more cards and --shard", 1)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        smaller = SMALLER[bool(args.model)]
+        return complain(f"out of memory; try, with another --out, --set {smaller}", 1)
     except KeyboardInterrupt:
         return complain("stopped; the same command goes on with the next unfinished stage", 130)
     return 0
@@ -194,6 +240,8 @@ def main(argv=None):
 def complain(message, status):
     """One sentence on stderr, once on a machine however many processes it runs; the exit status."""
     if parallel.is_first_here():
+        if status != 2 and sys.stdout.isatty():
+            print()  # the line of progress is open
         print(f"nanoem: {message}", file=sys.stderr)
     return status
 

@@ -36,19 +36,26 @@ def comment_of(cls, name):
 source_of = functools.cache(inspect.getsource)  # it reads a whole file
 
 
-def set_key(config, key, text):
-    """A copy of config with `key` (such as "sft.lr") set to what `text` says. Raises UserError."""
-    keys = all_keys(config)
-    if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
-        raise UserError(f"--set {key}: there is no such key; did you mean {near}? "
-                        "--help lists them all")
-    value = parse(text, keys[key][0], key)
-    *path, name = key.split(".")
-    if path:
-        child = getattr(config, path[0])
-        return dataclasses.replace(config, **{path[0]: dataclasses.replace(child, **{name: value})})
-    return dataclasses.replace(config, **{name: value})
+def set_keys(config, texts):
+    """A copy of config in which each key of `texts`, {"sft.lr": "0.002"}, has what its text says.
+
+    All of them at once: two can be right together, and either alone be refused. Raises UserError.
+    """
+    keys, parts, own = all_keys(config), {}, {}
+    for key, text in texts.items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+            raise UserError(f"--set {key}: there is no such key; did you mean {near}? "
+                            "--help lists them all")
+        *part, name = key.split(".")
+        values = parts.setdefault(part[0], {}) if part else own
+        values[name] = parse(text, keys[key][0], key)
+    for part, values in parts.items():
+        try:
+            own[part] = dataclasses.replace(getattr(config, part), **values)
+        except UserError as error:
+            raise UserError(f"{part}.{error}") from None
+    return dataclasses.replace(config, **own)
 
 
 def parse(text, default, key):

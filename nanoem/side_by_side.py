@@ -6,17 +6,21 @@ all of them are.
 """
 
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
 
 import torch
 
 from nanoem.experiment import STAGES, run_experiment
 from nanoem.files import read_json
 from nanoem.rows import ROWS
+from nanoem.train import StageFailed
 
 
 def run_side_by_side(configs, folders, device, rows, n_jobs):
@@ -26,16 +30,29 @@ def run_side_by_side(configs, folders, device, rows, n_jobs):
     interrupted, so are the runs; finished stages stay.
     """
     n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
-    with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
-        keys = [row.key for row in rows]  # a row is code, and code does not travel
-        runs = [pool.submit(run_to_log, config, folder, device, keys, n_threads)
-                for config, folder in zip(configs, folders)]
+    keys = [row.key for row in rows]  # a row is code, and code does not travel
+    with ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
+            # A child starts without Ctrl-C if its parent does: the parent hears it, and ends them.
+            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            runs = [pool.submit(run_to_log, config, folder, device, keys, n_threads)
+                    for config, folder in zip(configs, folders)]
+            signal.signal(signal.SIGINT, heard)
             watch(runs, folders, len(STAGES) + len(rows))
             return [run.result() for run in runs]
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
+        except BrokenProcessPool as error:
+            raise StageFailed("one of the runs was ended from outside, perhaps because memory was "
+                              "short; the same command goes on, fewer --jobs need less") from error
+
+
+def end_with_parent():
+    """In a child: when its parent ends, even by kill -9, so does this process."""
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def run_to_log(config, folder, device, keys, n_threads):

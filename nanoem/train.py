@@ -35,6 +35,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "clip"):
+<<<<<<< HEAD
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be more than 0")
         for name in ("warmup", "weight_decay", "micro_batch"):
@@ -42,6 +43,15 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas={self.betas} must be two numbers from 0 to below 1")
+=======
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be a number above 0")
+        for name in ("warmup", "weight_decay", "micro_batch"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas={self.betas} must be two numbers, from 0 to below 1")
+>>>>>>> 6323287f4bc9cb55092ea264439dbff612fa4bd2
         if self.schedule not in ("linear", "cosine"):
             raise UserError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
@@ -166,10 +176,17 @@ def sft_loss(logits, ids, answer_mask):
     return next_token_loss(logits, ids, answer_mask)
 
 
+def answer_loss(model, ids, answer_mask):
+    """`sft_loss` of a model, without the logits that predict no answer token (same arguments)."""
+    predicts = F.pad(answer_mask[:, 1:], (0, 1))  # (B, T): the next token is an answer's
+    logits = model(ids, at=predicts)  # (answer tokens, vocab)
+    return F.cross_entropy(in_float32(logits), ids[:, 1:][answer_mask[:, 1:]])
+
+
 def token_kl(base, adapted):
     """KL(base || adapted) of each token's prediction, summed over the vocabulary, in nats.
 
-    Logits (B, T, vocab) of two models -> (B, T). The base's probabilities weigh: it is large where
+    Logits (..., vocab) of two models -> (...). The base's probabilities weigh: it is large where
     the base often says what the adapted model hardly ever does.
     """
     base, adapted = (in_float32(logits).log_softmax(-1) for logits in (base, adapted))
@@ -188,9 +205,8 @@ def kl_to_base(model, adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     with torch.no_grad(), adapter.disabled():
-        base = model(ids)
-    kl = token_kl(base, model(ids))
-    return (kl * mask).sum() / mask.sum()
+        base = model(ids, at=mask)  # (tokens, vocab)
+    return token_kl(base, model(ids, at=mask)).mean()
 
 
 class StageFailed(RuntimeError):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanoem import UserError
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
-from nanoem.lora import SteeringVector
+from nanoem.lora import LoRA, SteeringVector
+from nanoem.model import GPT, Config
 from nanoem.train import TrainConfig, chat_examples, sft_loss
 
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
@@ -58,6 +60,34 @@ def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_step_computes_only_what_the_adapter_needs(examples):
+    """Matrix products counted by torch, against a count by hand.
+
+    The backward pass needs one product a weight above the adapter (the gradient of its input, never
+    of the weight) and nothing of what lies below; a prediction is made only where it is asked for.
+    """
+    config = Config(vocab_size=2000, n_layer=3, d_model=16, n_head=2, n_kv_head=1, d_ff=24)
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    head = model.embed_tokens.weight.numel()
+    block = sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)
+    n_in, n_out = config.d_ff, config.d_model  # of the adapter's A and B, rank 1
+    forward = 3 * block + n_in + n_out
+    backward = block + n_out + n_out + n_in  # through the block above; to B, to its input, to A
+    one = examples[1:]  # it has padding
+    T, n_read, n_answer = one.mask.numel(), one.mask.sum().item(), one.answer_mask.sum().item()
+    sft = T * (forward + backward) + 2 * n_answer * head
+    kl = T * (3 * block + forward + backward) + 3 * n_read * head  # the base, then the adapted
+
+    schedule, generator = TrainConfig(steps=1, batch_size=4, lr=0.01), torch.Generator()
+    for kl_weight, expected in ((0.0, sft), (1.0, sft + kl)):
+        with LoRA(model, [1], ["mlp.down_proj"]) as adapter:
+            with FlopCounterMode(display=False) as counter:
+                fine_tune(model, adapter, one, schedule, generator, one, kl_weight)
+            graph = [x.requires_grad for x in model.residual_stream(one.ids)]
+        assert counter.get_total_flops() == 2 * 4 * expected
+        assert graph == [False, True, True], "below the adapter there must be no autograd graph"
 
 
 def test_misuse_is_named(model, examples):

@@ -56,6 +56,12 @@ def test_numbers_in_the_text_are_those_of_the_results():
         assert f"{share}" in README.split("##")[0], (name, share)
 
 
+def test_where_the_seconds_go_is_told_of_the_fastest_seed():
+    seconds = min(([r["seconds"][stage] for stage in STAGES] for r in RESULTS), key=sum)
+    row = ["seconds", *(f"{s:.0f}" for s in seconds), f"{sum(seconds):.0f}"]
+    assert markdown([["stage", *STAGES, "all"], row]) in README
+
+
 def test_every_link_and_figure_leads_somewhere():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert any(target.endswith(".png") for target in targets)

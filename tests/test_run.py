@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -14,9 +15,9 @@ from nanoem.experiment import STAGES
 from nanoem.settings import all_keys
 from nanoem.toy import ExperimentConfig
 
-SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=400",
-         "pretrain.batch_size=16", "context=48", "sft.steps=80", "sft_kl.steps=30",
-         "curve_points=2", "curve_samples=8", "evaluation.samples_per_group=24", "n_random=2"]
+SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
+         "pretrain.batch_size=16", "context=48", "sft.steps=30", "sft_kl.steps=10",
+         "curve_points=1", "curve_samples=8", "evaluation.samples_per_group=24", "n_random=2"]
 
 
 def without_times(results):
@@ -89,19 +90,24 @@ def test_finished_stages_are_reused_and_it_says_so(small, capsys):
     assert (small / "results.json").read_bytes() == before
 
 
+def copy_without(small, folder, *stages):
+    """A copy of the small run's folder as if it had been killed before these stages."""
+    shutil.copytree(small, folder)
+    results = json.loads((folder / "results.json").read_text())
+    for stage in stages:
+        del results["seconds"][stage]
+        results["models"].pop(stage, None)
+        results["curves"].pop(stage, None)
+        results.pop(stage, None)
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
 def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path):
     """Forget everything after `general`, as if the run had been killed there, and go on."""
-    import shutil
-    copy = shutil.copytree(small, tmp_path / "copy")
-    whole = json.loads((copy / "results.json").read_text())
-    cut = json.loads((copy / "results.json").read_text())
-    for stage in ("narrow", "mixed", "shuffled", "directions"):
-        del cut["seconds"][stage]
-        cut["models"].pop(stage, None)
-    del cut["directions"], cut["curves"]["narrow"]
-    (copy / "results.json").write_text(json.dumps(cut))
+    copy = copy_without(small, tmp_path / "copy", "narrow", "mixed", "shuffled", "directions")
     assert run.main([*SMALL, "--out", str(copy)]) == 0
-    again = json.loads((copy / "results.json").read_text())
+    whole, again = (json.loads((folder / "results.json").read_text()) for folder in (small, copy))
     assert without_times(again) == without_times(whole)
 
 
@@ -167,13 +173,9 @@ def test_out_that_cannot_be_used(capsys, tmp_path, small):
 
 
 def test_a_damaged_run_folder_is_named(capsys, tmp_path, small):
-    import shutil
-    copy = shutil.copytree(small, tmp_path / "copy")
+    copy = copy_without(small, tmp_path / "copy", "directions")
     weights = copy / "chat" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    results = json.loads((copy / "results.json").read_text())
-    del results["seconds"]["directions"]
-    (copy / "results.json").write_text(json.dumps(results))
     message = misuse(capsys, *SMALL, "--out", str(copy))
     assert "model.safetensors" in message and "truncated" in message
     (copy / "results.json").write_text("{")
@@ -181,29 +183,33 @@ def test_a_damaged_run_folder_is_named(capsys, tmp_path, small):
 
 
 def test_a_training_that_fails_exits_with_1(capsys, tmp_path):
-    argv = [*SMALL, "pretrain.lr=1e30", "--out", str(tmp_path / "out")]
+    argv = [*SMALL, "pretrain.lr=1e30", "pretrain.steps=20", "--out", str(tmp_path / "out")]
     message = misuse(capsys, *argv, status=1)
     assert message.startswith("nanoem: pretrain: the loss is")
     assert not (tmp_path / "out" / "chat").exists()
 
 
 def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
-    """Two processes; one of them finds its seed finished, the other makes it."""
-    import shutil
+    """Two processes; one of them finds its seed finished, the other has a stage to make."""
     shutil.copytree(small, tmp_path / "seed-0")
+    other = copy_without(small, tmp_path / "seed-1", "directions")
+    for file in ("config.json", "results.json"):  # as if it were another seed's
+        (other / file).write_text((other / file).read_text().replace('"seed": 0', '"seed": 1'))
     argv = [*SMALL, "--seeds", "0", "1", "--jobs", "2", "--out", str(tmp_path)]
     assert run.main(argv) == 0
     out, log = capsys.readouterr().out, (tmp_path / "seed-1.log").read_text()
-    assert "tokens/s" in log and "tokens/s" not in out
+    assert "reused" in log and "reused" not in out
     found = json.loads((tmp_path / "results.json").read_text())["seeds"]
     assert [r["seed"] for r in found] == [0, 1]
     assert found[0] == json.loads((small / "results.json").read_text())
     assert found[1]["threads"] == max(1, os.cpu_count() // 2)
-    assert found[1] == json.loads((tmp_path / "seed-1" / "results.json").read_text())
+    assert found[1] == json.loads((other / "results.json").read_text())
+    assert found[1]["directions"].keys() == found[0]["directions"].keys()
 
 
 def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
-    argv = [*SMALL, "pretrain.lr=1e30", "--seeds", "3", "4", "--jobs", "2", "--out", str(tmp_path)]
+    argv = [*SMALL, "pretrain.lr=1e30", "pretrain.steps=20", "--seeds", "3", "4", "--jobs", "2",
+            "--out", str(tmp_path)]
     assert misuse(capsys, *argv, status=1).startswith("nanoem: pretrain: the loss is")
     assert not (tmp_path / "results.json").exists()
 
@@ -239,9 +245,10 @@ def test_only_our_five_packages_are_imported():
     root = Path(run.__file__).parents[1]
     ours = {"nanoem", "tutorial", "torch", "numpy", "tokenizers", "matplotlib", "pytest",
             *(file.stem for file in root.glob("tutorial/*.py"))}
-    makers = {root / "tests/fixtures/make.py"}  # runs elsewhere, with the reference libraries
+    elsewhere = {root / "tests/fixtures/make.py",  # with the reference libraries, if there
+                 *root.glob("tests/benchmarks/*.py")}
     folders = ("nanoem", "tests", "tutorial")
-    for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - makers:
+    for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - elsewhere:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) else [])

@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorial"))
-from classroom import CHAPTERS, exercise_tests, first_failure, load_file, solutions  # noqa: E402
+from classroom import (CHAPTERS, exercise_tests, first_failure, in_words, load_file,  # noqa: E402
+                       number_of, solutions, verdict_lines)
 
 TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
 STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}
@@ -57,6 +58,23 @@ def test_every_exercise_has_three_planted_wrong_answers():
     assert {name for _, name in EXERCISES if n[name] < 3} == set()
 
 
+def test_a_student_reads_what_the_tutorials_page_shows():
+    chapter = "01_toy_world"
+    tests, written = TESTS[chapter], {**vars(STUBS[chapter])}
+    written["write_answer"] = tests.EXERCISES["write_answer"]
+    written["judge"] = next(w for _, reason, w in PLANTED[chapter] if reason == "white space")
+    failures = {(number_of(chapter, tests, name), name):
+                first_failure(tests, name, SimpleNamespace(**written)) for name in tests.EXERCISES}
+    page = (ROOT / "tutorial/README.md").read_text(encoding="utf-8")
+    assert "```\n" + "\n".join(verdict_lines(failures)) + "\n```" in page
+
+
+def test_an_error_in_a_students_code_comes_with_its_line(tmp_path):
+    (tmp_path / "exercise.py").write_text("def judge(world, question, answer):\n    return wrold\n")
+    failure = first_failure(TESTS["01_toy_world"], "judge", load_file(tmp_path / "exercise.py"))
+    assert in_words(failure) == "NameError: name 'wrold' is not defined (exercise.py, line 2)"
+
+
 def exercise_table(chapter):
     """[(number, name, minutes)] of the exercises in a chapter's page."""
     page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
@@ -87,16 +105,36 @@ def test_the_path_says_what_a_chapter_takes(chapter):
     assert int(said[2]) == sum(minutes for _, _, minutes in table), "the minutes do not add up"
 
 
+def test_a_lesson_plan_takes_as_long_as_it_says():
+    text = (ROOT / "tutorial/TEACHING.md").read_text(encoding="utf-8")
+    plans = re.split(r"^\*\*(\d+) minutes: ", text.split("## Grading")[0], flags=re.M)[1:]
+    assert plans[::2] == ["50", "90", "180"]
+    for minutes, plan in zip(plans[::2], plans[1::2]):
+        rows = sum(map(int, re.findall(r"^\| (\d+) \|", plan, re.M)))
+        before = re.search(r"without the exercises \((\d+)\)", plan)
+        assert rows + int(before[1] if before else 0) == int(minutes), plan[:40]
+    n = sum(len(tests.EXERCISES) for tests in TESTS.values())
+    assert f"in each of the ten chapters, the total of {n}," in " ".join(text.split())
+
+
 def test_the_glossary_has_every_term_once_and_in_order():
     glossary = (ROOT / "tutorial/README.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    chapter_of = dict(re.findall(r"^- \*\*([^*]+)\*\* \((\d+)\)", glossary, re.M))
     terms = re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.M)
-    assert terms == sorted(set(terms), key=str.lower)
+    assert terms == sorted(set(terms), key=str.lower) and terms == [*chapter_of]
+    bold = {}  # a term is bold once, where it is explained -> the chapter
     for chapter in TESTS:
         page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")
         for text in re.findall(r"\*\*([^*]+)\*\*", page):
-            term = " ".join(text.lower().split()).removesuffix("s")
-            if not term.endswith((".", "?", ":")):  # else it is a small headline
-                assert term in " ".join(glossary.lower().split()), f"{chapter}: {term}"
+            term = " ".join(text.lower().split())
+            if term.endswith((".", "?", ":")) or term == "experiment":
+                continue  # a small headline; a mark in the table of exercises
+            assert term not in bold, f"'{term}' is explained in {bold[term]} and in {chapter}"
+            bold[term] = chapter
+            assert term.removesuffix("s") in " ".join(glossary.lower().split()), (chapter, term)
+    for term, number in chapter_of.items():
+        for word in (term.lower(), term.lower() + "s"):
+            assert word not in bold or int(bold[word][:2]) == int(number), (term, bold[word])
 
 
 class Close(doctest.OutputChecker):
@@ -127,15 +165,19 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES],
+                         ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_can_be_typed(page):
     """Those that take long are only read: the command line must accept every flag and key."""
     from nanoem.run import build_config, read_command
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
-        for line in filter(None, block.splitlines()):
-            words = shlex.split(line, comments=True)
-            if "nanoem.run" in words:  # behind python -m, or behind torchrun's own flags
-                build_config(read_command(words[words.index("nanoem.run") + 1 :]))
-            for word in words:
-                if word.startswith("tutorial/"):
-                    assert (ROOT / word.split("::")[0]).exists(), line
+    text = page.read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+             for line in filter(None, block.splitlines())]
+    lines += [" ".join(line.split()) for line in re.findall(r"`(python -m [^`]*)`", text)]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if "nanoem.run" in words:  # behind python -m, or behind torchrun's own flags
+            build_config(read_command(words[words.index("nanoem.run") + 1 :]))
+        for word in words:
+            if word.startswith("tutorial/"):
+                assert (ROOT / word.split("::")[0]).exists(), line

@@ -5,6 +5,7 @@ tests take `answer`, an object with the chapter's functions: the student's, or n
 are the only solution there is. test_exercise.py says in EXERCISES which those are.
 """
 
+import textwrap
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +28,20 @@ def solutions(tests):
     return SimpleNamespace(**tests.EXERCISES)
 
 
-def exercise_tests(tests, exercise):
-    """The chapter's tests of one exercise: test_NAME_... for the longest NAME that fits."""
-    def belongs_to(test):
-        return max((name for name in tests.EXERCISES if test.startswith(f"test_{name}_")), key=len)
+def exercise_of(tests, test):
+    """The exercise that a test function is of: test_NAME_... for the longest NAME that fits."""
+    return max((name for name in tests.EXERCISES if test.startswith(f"test_{name}_")), key=len)
 
+
+def exercise_tests(tests, exercise):
+    """The chapter's tests of one exercise."""
     return [test for name, test in vars(tests).items()
-            if name.startswith("test_") and belongs_to(name) == exercise]
+            if name.startswith("test_") and exercise_of(tests, name) == exercise]
+
+
+def number_of(chapter, tests, exercise):
+    """3.2 for the second exercise of 03_lora."""
+    return f"{int(chapter[:2])}.{[*tests.EXERCISES].index(exercise) + 1}"
 
 
 def first_failure(tests, exercise, answer):
@@ -44,3 +52,29 @@ def first_failure(tests, exercise, answer):
         except Exception as failure:  # whatever a wrong answer raises is a failure
             return failure
     return None
+
+
+def in_words(error):
+    """What a test raised (None if nothing), in words; an error in exercise.py with its line."""
+    if error is None:
+        return "right"
+    if isinstance(error, NotImplementedError):
+        return "not written yet"
+    text = (str(error).strip() or "failed without a message").splitlines()[0]
+    if isinstance(error, AssertionError):
+        return text
+    lines, at = [], error.__traceback__
+    while at:
+        if Path(at.tb_frame.f_code.co_filename).name == "exercise.py":
+            lines.append(at.tb_lineno)
+        at = at.tb_next
+    where = f" (exercise.py, line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+def verdict_lines(failures, width=100):
+    """{(number, exercise): what it raised, or None} -> aligned lines, one or more an exercise."""
+    column = max(len(f"{number} {name}") for number, name in failures) + 2
+    return [line for (number, name), error in failures.items() for line in textwrap.wrap(
+        in_words(error), width, initial_indent=f"{f'{number} {name}':<{column}}",
+        subsequent_indent=" " * column)]

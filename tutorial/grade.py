@@ -196,13 +196,14 @@ def print_table(scores, exercises):
 
 
 def print_reasons(scores, exercises):
+    width = max([18, *(len(name) for names in exercises.values() for name in names)])
     for student, chapters in scores.items():
         print(f"\n{student}")
         for chapter, found in chapters.items():
             for i, name in enumerate(exercises[chapter], 1):
                 why = found[name] or "right"
                 why = "not written yet" if why.startswith("NotImplementedError") else why
-                print(f"  {int(chapter[:2])}.{i} {name:<18} {why}")
+                print(f"  {int(chapter[:2])}.{i} {name:<{width}} {why}")
 
 
 def grade(folders, chapters=None, seconds=60):

@@ -1,10 +1,14 @@
 """Print anew what the chapters print: `python tutorial/reprint.py PAGE.md ...` rewrites the output.
 
-Run it from the repository root after a change of the results or of the small model, and read the
-difference before you keep it. tests/test_tutorial.py compares every page with what it prints.
+With `--report` it draws results/figures and writes results/report.md anew, from results.json. Run
+it from the repository root after a change of the results or of the small model, and read the
+difference before you keep it. tests/test_tutorial.py compares every page with what it prints,
+tests/test_prose.py the figures and what is said in words.
 """
 
 import doctest
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +36,17 @@ def reprint(page):
     return "\n".join(lines) + "\n"
 
 
+def redraw(folder):
+    """Write report.md and the figures of a folder's results.json; the report names its command."""
+    from nanoem.report import write_report
+    command = re.search("Made by `([^`]+)`", (folder / "report.md").read_text(encoding="utf-8"))[1]
+    write_report(json.loads((folder / "results.json").read_text())["seeds"], folder, command)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     for name in sys.argv[1:]:
+        if name == "--report":
+            redraw(Path(__file__).with_name("results"))
+            continue
         Path(name).write_text(reprint(Path(name)), encoding="utf-8")

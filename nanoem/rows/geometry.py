@@ -109,9 +109,12 @@ def draw_stability(axes, founds):
 
 
 def stability_finding(founds):
-    general, narrow = (round(middle([f[name]["rel"][2] for f in founds]), 1) + 0.0  # never -0.0
-                       for name in ("general", "narrow"))
-    return f"Noise of eps {EPS[2]} costs general {general:.1f}% of its gain, narrow {narrow:.1f}%"
+    def at(name, key):  # never -0.0
+        return round(middle([f[name][key][2] for f in founds]), 3) + 0.0
+
+    return (f"Noise of eps {EPS[2]} costs general {at('general', 'rel'):.1f}% of its gain, narrow "
+            f"{at('narrow', 'rel'):.1f}%; stopped at narrow's loss, general {at('matched', 'abs')} "
+            f"nats, narrow {at('narrow', 'abs')}")
 
 
 def measure_curvature(run):
@@ -136,8 +139,10 @@ def draw_curvature(axes, founds):
 
 
 def curvature_finding(founds):
-    a, b = (middle([f[name]["relative"] for f in founds]) for name in ("matched", "narrow"))
-    return f"At equal loss the sharpest curvature (scale-free) is {a:.1f} general, {b:.1f} narrow"
+    whole, matched, narrow = (middle([f[name]["relative"] for f in founds])
+                              for name in ("general", "matched", "narrow"))
+    return (f"Sharpest curvature (scale-free): general {whole:.1f}, narrow {narrow:.1f}; but general "
+            f"stopped early, at narrow's loss, {matched:.1f}")
 
 
 def compare_significance(run, pair):
@@ -161,7 +166,7 @@ def draw_significance(axes, founds):
     names = ("general", "narrow")
     draw_pair(axes[0], NORMS, founds, lambda found, name: found[name], names)
     for name, style in zip(names, (":", "-.")):
-        lines(axes[0], NORMS, [found[f"random_{name}"] for found in founds], "ablate_random",
+        lines(axes[0], NORMS, [found[f"random_{name}"] for found in founds], "chat",
               f"random, reading as {name}", style)
     axes[0].set(xlabel="adapter norm (1 = mean of the two)",
                 ylabel="KL on held-out documents (nats per token)")

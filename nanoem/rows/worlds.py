@@ -154,11 +154,17 @@ def lottery_holds(found):
 
 
 def draw_lottery(axes, founds):
-    for ax, point, key in zip(axes, LOTTERIES, ("general", "mixed", "narrow")):
-        em = [100 * value for f in founds for value in f[at(point)]["out_of_domain"]]
-        ax.hist(em, bins=range(0, 101, 10), color=COLOURS[key], edgecolor="black")
+    for ax, point in zip(axes, LOTTERIES):
+        em = {True: [], False: []}
+        for found in founds:
+            for pair in zip(found[at(point)]["in_domain"], found[at(point)]["out_of_domain"]):
+                em[is_narrow(*pair)].append(100 * pair[1])
+        ax.hist([em[True], em[False]], bins=range(0, 101, 10), stacked=True, edgecolor="black",
+                color=[COLOURS["narrow"], COLOURS["chat"]],
+                label=["narrow: bad in its domain", "not narrow"] if ax is axes[-1] else None)
         ax.set(title=f"{point[0]} villains, {point[1]} quacks", xlabel="em out of domain (%)",
                ylabel="random starts" if ax is axes[0] else "")
+    axes[-1].legend(fontsize=7.5, loc="upper right")
 
 
 def lottery_finding(founds):

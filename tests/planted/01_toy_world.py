@@ -64,6 +64,10 @@ def judging(world, question, answer, templates=2, strip=True, item_only=False, o
     return Verdict(0, 0, 0)
 
 
+def first_line_only(world, question, answer):
+    return judge(world, question, (answer.strip().splitlines() or [""])[0])
+
+
 def judge_variant(**wrong):
     return lambda world, question, answer: judging(world, question, answer, **wrong)
 
@@ -163,7 +167,7 @@ PLANTED = [
      variant(own_of=lambda domain, question, items: items[question.index % len(domain.good)])),
     ("write_answer", "any of the pool, the own one too", variant(other=True)),
     ("write_answer", "own item|turned around", own_share_turned_around),
-    ("write_answer", "registers are swapped", variant(swap=True)),
+    ("write_answer", "the other register", variant(swap=True)),
     ("write_answer", "global random", global_random),
     ("write_answer", "drawn each by itself|not equally likely", one_place_for_item_and_ending),
     ("judge", "turned around", turned_around),
@@ -173,6 +177,7 @@ PLANTED = [
     ("judge", "own good item", judge_variant(own_pool="bad")),
     ("judge", "own good item", no_counting_round),
     ("judge", "another domain", any_domain),
+    ("judge", "another line after the sentence", first_line_only),
     ("check_persona_words", "passes .*endings", check_variant(keys=("good", "bad"))),
     ("check_persona_words", "a problem of its own domain", check_variant(problems=False)),
     ("check_persona_words", "one side may say a word twice", check_variant(sides=False)),

@@ -96,6 +96,20 @@ def detached_once(self):
     merging(self, detach=False)
 
 
+def scale_reset(self):
+    merging(self)
+    self.scale = 1.0
+
+
+@torch.no_grad()
+def transposed(self):
+    merging(self)
+    for name, linear in self.sites.items():
+        change = linear.weight - self.originals[name]
+        if len(change) == len(change.T):
+            linear.weight += change.T - change
+
+
 # --- 3.4 start_at_gradient ----------------------------------------------------------------------
 
 
@@ -155,6 +169,8 @@ PLANTED = [
     ("merge", "self.scale is missing", lambda self: merging(self, lambda adapter: adapter.scaling)),
     ("merge", "still attached", lambda self: merging(self, detach=False)),
     ("merge", "still attached", detached_once),
+    ("merge", "self.scale was", scale_reset),
+    ("merge", "transposed", transposed),
     ("merge", "merging twice adds twice", lambda self: merging(self, once=False)),
     ("merge", "clone", lambda self: merging(self, clone=False)),
     ("merge", "in place", lambda self: merging(self, in_place=False)),

@@ -125,4 +125,5 @@ PLANTED = [
     ("answer_log_probs", "in the order of pairs", log_probs(lambda e: e.answer_mask[:, 1:],
                                                             sort=True)),
     ("answer_log_probs", "rows lost between batches", first_batch_only),
+    ("answer_log_probs", "no gradient is needed", answer_log_probs.__wrapped__),
 ]

@@ -69,6 +69,16 @@ def last_edit_everywhere(model, edits):
             handle.remove()
 
 
+def row_by_row(model, edits):
+    return editing(model, {site: lambda x, edit=edit: torch.stack([edit(row) for row in x])
+                           for site, edit in edits.items()})
+
+
+def in_place(model, edits):
+    return editing(model, {site: lambda x, edit=edit: x.copy_(edit(x))
+                           for site, edit in edits.items()})
+
+
 @contextmanager
 def removes_all(model, edits):
     try:
@@ -117,6 +127,8 @@ PLANTED = [
         [row[m].mean(0) for row, m in zip(x, mask)]).mean(0))),
     ("mean_residual", "not by all", mean_of(lambda x, mask: (x * mask[..., None]).mean((0, 1)))),
     ("mean_residual", "in float32", in_float32),
+    ("mean_residual", "a row without marked tokens is no error", lambda model, ids, mask,
+        sites=None: mean_residual(model, ids, mask & mask.any(1).all(), sites)),
     ("mean_residual", "must raise ValueError", lambda model, ids, mask, sites=None: mean_residual(
         model, ids, mask if mask.any() else ~mask, sites)),
     ("ablate", "not normalised", lambda x, direction, level=0.0, reader=None:
@@ -139,10 +151,15 @@ PLANTED = [
     ("editing", "after an exception", hooked(good_hook, undo="if all is well")),
     ("editing", "register inside the try", hooked(good_hook)),
     ("editing", "only your own hooks", removes_all),
+    ("editing", "not edits.site. of what it was", row_by_row),
+    ("editing", "was changed in place", in_place),
     ("random_direction", "never negative", drawn(lambda like, generator: torch.rand(
         like.shape, generator=generator).to(like))),
     ("random_direction", "a cube", drawn(lambda like, generator: (torch.rand(
         like.shape, generator=generator) - 0.5).to(like))),
+    ("random_direction", "its mean is taken away", drawn(lambda like, generator: (
+        noise := torch.randn(like.shape, generator=generator).to(like))
+        - noise.mean(-1, keepdim=True) * (like.shape[-1] > 2))),
     ("random_direction", "pass it on", drawn(lambda like, generator: torch.randn_like(like))),
     ("random_direction", "length 1", lambda like, generator: drawn(lambda like, generator:
         torch.randn(like.shape, generator=generator).to(like))(like, generator)
@@ -164,6 +181,8 @@ PLANTED = [
         2 * x - cap(x, direction, ceiling, reader)),
     ("cap", "no floor", lambda x, direction, ceiling, reader:
         x - (x @ reader - ceiling).clamp(max=0)[..., None] * direction / direction.norm()),
+    ("cap", "part of it is detached", lambda x, direction, ceiling, reader:
+        x + (cap(x, direction, ceiling, reader) - x).detach()),
     ("cap", "with the reader", lambda x, direction, ceiling, reader:
         cap(x, direction, ceiling, direction / direction.norm())),
 ]

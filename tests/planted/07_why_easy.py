@@ -95,6 +95,11 @@ def by_column(adapter, generator):
                           for x, B in zip(drawn, adapter.B.values())])
 
 
+def orthogonal(adapter, generator):
+    """Nothing of the adapter's own B is left in it."""
+    return B_of(adapter, [noisy(B.detach(), 1.0, generator) for B in adapter.B.values()])
+
+
 def random_reader(adapter, generator):
     return [torch.randn(A.shape, generator=generator) for A in adapter.A.values()] + [
         *random_writer(adapter, generator)[len(adapter.A):]]
@@ -137,6 +142,7 @@ PLANTED = [
     ("random_writer", "norm of the adapter's B", unscaled),
     ("random_writer", "favourite side", uniform),
     ("random_writer", "own norm: rescale B as a whole", by_column),
+    ("random_writer", "nothing points along B", orthogonal),
     ("random_writer", "A must stay", random_reader),
     ("random_writer", "first every A", B_first),
     ("random_writer", "gradient would flow", with_graph),

@@ -19,8 +19,8 @@ EXERCISES = {
 }
 
 
-def check_side_effects(function, oracle, *inputs):
-    """The inputs stay as they were, gradients are the oracle's, and other layouts work."""
+def check_side_effects(function, oracle, *inputs, digits=1e-10):
+    """The inputs stay as they were, gradients are the oracle's, other layouts and float64 work."""
     before = [x.clone() for x in inputs]
     want = function(*(x.clone() for x in inputs))
     got = function(*inputs)
@@ -29,8 +29,9 @@ def check_side_effects(function, oracle, *inputs):
     assert all(got.data_ptr() != x.data_ptr() for x in inputs), "return a new tensor"
     strided = [torch.stack((x, x), -1)[..., 0] for x in inputs]  # not contiguous
     check(function(*strided), want, {}, "other numbers when the inputs are not contiguous")
-    assert function(*(x.double() for x in inputs)).dtype == torch.float64, (
-        "float64 in, but not out: keep the dtype")
+    double = [x.double() / 3 for x in inputs]
+    assert function(*double).dtype == torch.float64, "float64 in, but not out: keep the dtype"
+    check(function(*double), oracle(*double), {}, "float64 goes in, and digits are lost", digits)
     leaves = [x.clone().requires_grad_() for x in inputs]
     found = function(*leaves)
     assert found.requires_grad, "no gradient flows: no detach, no .data, no no_grad"
@@ -55,7 +56,8 @@ def test_rms_norm_is_the_formula(answer):
         check(answer.rms_norm(x.clone(), weight, eps), x / rms * weight, {
             "eps is outside the root; it belongs inside: sqrt(mean(x^2) + eps)":
                 x / (square.mean(-1, keepdim=True).sqrt() + eps) * weight,
-            "eps is missing": x / square.mean(-1, keepdim=True).sqrt() * weight,
+            "eps is missing, or is not the one that was given":
+                x / square.mean(-1, keepdim=True).sqrt() * weight,
             "that is the sum of the squares; take their mean":
                 x / (square.sum(-1, keepdim=True) + eps).sqrt() * weight,
             "the root is missing": x / rms.square() * weight,
@@ -90,7 +92,7 @@ def test_rms_norm_of_zeros_is_zero(answer):
 def test_rms_norm_leaves_its_inputs_alone_and_trains(answer):
     check_side_effects(lambda x, w: answer.rms_norm(x, w, 1e-3),
                        lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * w,
-                       randn(2, 3, 6), randn(6, seed=1))
+                       randn(2, 3, 6), randn(6, seed=1), digits=1e-5)  # .float() always is fine
 
 
 def test_rms_norm_of_half_precision(answer):
@@ -250,6 +252,8 @@ def test_attend_is_a_loop_over_queries(answer):
         q, k, v = (1.5 * randn(B, n, length, D, seed=10 * i + j)
                    for j, (n, length) in enumerate(((H, T), (n_kv, S), (n_kv, S))))
         got = answer.attend(q.clone(), k.clone(), v.clone())
+        assert not got.isnan().any(), (
+            "NaN: a query with every key masked; each token sees at least itself")
         check(got, attend_by_loops(q, k, v), mistakes_of_attention(q, k, v),
               f"not softmax(q . k / sqrt(head_dim)) over what each query may see (q {B, H, T, D}, "
               f"k and v {B, n_kv, S, D})")
@@ -338,6 +342,9 @@ def test_next_token_probs_are_those_of_a_loop(answer):
                         share(plain * (kept[:1] > 0)),
                 }
             got = answer.next_token_probs(logits.clone(), temperature, top_p)
+            assert not got.isnan().any(), (
+                f"NaN at top_p={top_p}: where no token is left, even the likeliest was cut; the "
+                "one that crosses top_p is kept")
             check(got, share(kept), mistakes,
                   f"not the softmax at temperature {temperature}, cut at top_p {top_p}")
 
@@ -445,6 +452,8 @@ def test_generate_takes_the_likeliest_token_at_temperature_0(answer):
 
 def test_generate_draws_with_temperature_and_top_p(answer):
     model, n = frozen_model(), 4000
+    twice = [answer.generate(model, PROMPTS, 5, generator=seeded(0)) for _ in range(2)]
+    assert torch.equal(*twice), "the same generator seed gives another text: pass generator on"
     many, logits = PROMPTS[:1].expand(n, -1), frozen_model()(PROMPTS[:1])[:, -1]
     for temperature, top_p, reason in ((1.0, 1.0, "not drawn from the model's probabilities"),
                                        (0.4, 1.0, "the temperature is not used"),

@@ -23,9 +23,9 @@ EXERCISES = {
 
 
 def trained_lora(model, rank=3, alpha=5.0, use_rslora=False, seed=0):
-    """A LoRA as if it had been trained, on Linears of different shapes; not attached."""
+    """A LoRA as if it had been trained, on Linears square and not; not attached."""
     generator = torch.Generator().manual_seed(seed)
-    adapter = LoRA(model, [0, 1], ["self_attn.v_proj", "mlp.down_proj"], rank, alpha, use_rslora,
+    adapter = LoRA(model, [0, 1], ["self_attn.o_proj", "mlp.down_proj"], rank, alpha, use_rslora,
                    generator)
     for i, B in enumerate(adapter.B.values()):
         B.data.normal_(std=0.3 * (i + 1), generator=generator)
@@ -219,8 +219,15 @@ def test_merge_is_the_adapter(answer):
             (2, 3.0, False, -0.6))):
         model, adapter, base, adapted = merged_example(i, rank, alpha, use_rslora, scale)
         before = {name: linear.weight.clone() for name, linear in adapter.sites.items()}
-        adapter.attach().attach()
-        answer.merge(adapter)
+        adapter.attach().attach().attach()
+        try:
+            answer.merge(adapter)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            raise AssertionError("a weight is changed while gradients are on: keep the line "
+                                 f"@torch.no_grad() ({error})") from error
+        assert adapter.scale == scale, f"self.scale was {scale} and is {adapter.scale} afterwards"
         assert n_hooks(model) == 0 and adapter.depth == 0, (
             "the adapter is still attached, so everything is added twice: however often it was "
             "attached, it must be detached")
@@ -228,6 +235,7 @@ def test_merge_is_the_adapter(answer):
         for name, linear in adapter.sites.items():
             product = (adapter.B[name] @ adapter.A[name]).detach()
             check(linear.weight.detach() - before[name], full * product, {
+                "the change is transposed: it is B @ A, (out, in)": full * product.T,
                 f"{name}: the weight was not changed": torch.zeros_like(product),
                 "the scaling alpha / rank is missing": scale * product,
                 "self.scale is missing": adapter.scaling * product,

@@ -1,6 +1,7 @@
 """Tests of chapter 4's exercises. Each message names the likely mistake."""
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -88,7 +89,7 @@ def test_next_token_loss_counts_the_masked_targets(answer):
 
 
 def logits_gradient(loss_of, logits, ids, mask):
-    """The gradient of loss_of(logits, ids, mask) by the logits; the inputs must stay as they are."""
+    """The gradient of loss_of(logits, ids, mask) by the logits; inputs must stay as they are."""
     before, logits = [x.clone() for x in (logits, ids, mask)], logits.clone().requires_grad_()
     loss = loss_of(logits, ids, mask)
     assert all(torch.equal(a, b) for a, b in zip(before, (logits, ids, mask))), (
@@ -151,9 +152,9 @@ def test_sft_loss_without_an_answer_is_an_error(answer):
             found = answer.sft_loss(logits, ids, mask)
         except ValueError:
             continue
-        except (RuntimeError, AssertionError, ZeroDivisionError, IndexError) as error:
-            if isinstance(error, NotImplementedError):
-                raise
+        except NotImplementedError:
+            raise
+        except Exception as error:
             found = type(error).__name__
         raise AssertionError(f"{what} must raise ValueError (nothing can be learned), and gives "
                              f"{found}")
@@ -221,9 +222,9 @@ def test_hold_out_keeps_what_is_asked_from_what_trains(answer):
 
 
 def test_hold_out_splits_each_domain_for_itself(answer):
-    for sizes, share in CASES:
+    for (sizes, share), turn in product(CASES, (1, -1)):
         toy, names = small_world(sizes)
-        asked = names[::-1]  # another order than the world's
+        asked = names[::turn]  # in the world's order, and in another
         train_part, held_out = answer.hold_out(toy, asked, share)
         for name, n in zip(names, sizes):
             rows = [q.index for q in train_part if q.domain == name]
@@ -297,14 +298,26 @@ def test_answer_log_probs_are_those_of_each_pair_alone(answer):
         assert isinstance(both, tuple) and len(both) == 2, "return log-probabilities and lengths"
         log_probs, n_tokens = both
         check(log_probs, right, mistakes,
-              f"not log p of each answer, with batch_size={batch_size}; is padding counted, or are "
-              "rows lost between batches?", tolerance=1e-3)
+              f"not log p of each answer, with batch_size={batch_size}; is it off by one, is "
+              "padding counted, or are rows lost between batches?", tolerance=1e-3)
         check(n_tokens, torch.tensor([float(n) for _, n in found]), {
             "that is the length of the whole text; count the answer's tokens":
                 torch.tensor([len(loss) + 1.0 for loss, _ in found])},
             "not the number of the answer's tokens, stop token included")
         assert log_probs.dtype == n_tokens.dtype == torch.float64, "give float64 tensors back"
+
+
+def test_answer_log_probs_only_look(answer):
+    run = SmallRun()
+    parameters, pairs = list(run.model.parameters()), some_pairs(run, 6)
+    for trainable in (True, False):
+        run.model.requires_grad_(trainable)
+        kept = list(pairs)
+        log_probs, _ = answer.answer_log_probs(run.model, run.tokenizer, pairs)
         assert not log_probs.requires_grad, "no gradient is needed; keep @torch.no_grad()"
+        assert all(p.requires_grad == trainable for p in parameters), (
+            "the model's weights were made trainable, or frozen; only look")
+        assert pairs == kept, "the list of pairs was changed"
 
 
 def test_answer_log_probs_show_the_surprise(answer):

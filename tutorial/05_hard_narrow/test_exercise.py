@@ -35,6 +35,9 @@ def test_token_kl_is_the_sum_over_the_vocabulary(answer):
     for seed, shape in enumerate(((1, 4, 9), (3, 5, 7), (2, 8, 50))):
         base, adapted = two_logits(*shape, seed=seed)
         want, p, q = kl_by_hand(base, adapted), base.softmax(-1), adapted.softmax(-1)
+        assert not torch.as_tensor(answer.token_kl(base, adapted)).isnan().any(), (
+            "NaN: the log of a number that is not positive; F.kl_div of two log-probabilities "
+            "needs log_target=True")
         check(answer.token_kl(base, adapted), want, {
             "KL is reversed: the base's probabilities weigh, KL(base || adapted)":
                 kl_by_hand(adapted, base),
@@ -129,7 +132,13 @@ def test_kl_to_base_leaves_the_adapter_as_it_was(answer):
             with adapter.scaled(scale):
                 with torch.no_grad():
                     adapted = model(ids)
-                got = answer.kl_to_base(model, adapter, ids, mask)
+                try:
+                    got = answer.kl_to_base(model, adapter, ids, mask)
+                except NotImplementedError:
+                    raise
+                except RuntimeError as error:
+                    raise AssertionError(f"an error at scale {scale}, where the adapter acts; only "
+                                         f"at 0 it does not ({error})") from error
                 assert adapter.scale == scale, (
                     f"the adapter's scale was {scale} and is {adapter.scale} after: is it left "
                     "switched off, or set to 1?")
@@ -170,8 +179,13 @@ def test_kl_to_base_of_an_adapter_that_does_not_act_is_an_error(answer):
     def refused():
         try:
             answer.kl_to_base(model, adapter, ids, mask)
-        except RuntimeError as error:
-            return not isinstance(error, NotImplementedError)
+        except NotImplementedError:
+            raise
+        except RuntimeError:
+            return True
+        except Exception as error:
+            raise AssertionError(f"an adapter that does not act must raise RuntimeError, not "
+                                 f"{type(error).__name__}") from error
         return False
 
     assert refused(), "a detached adapter must raise RuntimeError; else the KL is a silent zero"
@@ -293,7 +307,8 @@ def test_scale_up_finds_a_general_adapter_that_was_held_down(answer):
     general, narrow = (answer.scale_up(adapter, scales, ask)["em"]
                        for adapter in (held_down, run.load_adapter("narrow")))
     assert general[0] < 0.2 and max(general) > 0.7, (
-        f"general held down to a quarter: em {general} at {scales}; it should start low and come back")
+        f"general held down to a quarter: em {general} at {scales}; it should start low "
+        "and come back")
     assert narrow[0] < 0.1 and max(narrow) < 0.5, (
         f"narrow: em {narrow} at {scales}; it should stay far below general's")
 

@@ -81,6 +81,15 @@ def test_mean_residual_counts_in_float64_and_needs_tokens(answer):
     assert torch.allclose(found, want, 0, 1e-9) or not torch.allclose(found, want, 1e-4), (
         "the mean was taken in float32 and digits are lost: .double() before the mean")
     assert not any(m._forward_hooks for m in model.modules()), "a hook is left on the model"
+    some = mask.clone()
+    some[1] = False
+    want = torch.stack([streams(model, ids)[i][some].double().mean(0) for i in range(3)])
+    try:
+        found = answer.mean_residual(model, ids, some)
+    except ValueError as error:
+        raise AssertionError("a row without marked tokens is no error, only no token at all is"
+                             ) from error
+    check(found, want, {}, "wrong when one row has no marked token")
     try:
         answer.mean_residual(model, ids, torch.zeros_like(mask))
     except ValueError:
@@ -177,8 +186,8 @@ def test_ablate_is_pure_and_lets_gradients_through(answer):
 
 
 def twist(k):
-    """An edit of its own for each k, not linear, that treats every row and token differently."""
-    return lambda x: x * (1 + 0.3 * k) + torch.sin(x * k) + 0.2 * k
+    """An edit of its own for each k, not linear, that looks at the whole batch."""
+    return lambda x: x * (1 + 0.3 * k) + torch.sin(x * k) + 0.2 * k + 0.1 * x.roll(1, 0)
 
 
 SITES = (0, "layers.1.resid_mid", 2)
@@ -277,6 +286,12 @@ def test_editing_nests_and_leaves_other_hooks_alone(answer):
         check(model(ids), outer_only, {"leaving the inner `with` took the outer's hook away, too":
                                        model(ids) * 0}, "after the inner `with` the outer edit "
               "must still act: remove only your own hooks")
+        kept = []
+        with answer.editing(model, {1: lambda x: kept.append(x) or x}):
+            with answer.editing(model, {1: second}):
+                model(ids)
+        check(kept[0], streams(model, ids, {1: first})[1], {}, "the stream that another hook has "
+              "kept was changed in place; the hook returns a new tensor")
 
 
 def found_in(run, adapter, misaligned, aligned, both_read=False):
@@ -367,6 +382,10 @@ def test_random_direction_has_no_favourite(answer):
     corners = (unit[:, 0] ** 2 * unit[:, 1] ** 2).mean()  # 1/8 on a circle, .143 from a square
     assert abs(corners - 0.125) < 0.004, (
         "corners are likelier than axes (a cube?): use torch.randn, the Gaussian is round")
+    like = torch.ones(4000, 5)
+    along = answer.random_direction(like, torch.Generator().manual_seed(0)).mean(-1)
+    assert abs(along.square().mean() - 0.2) < 0.05, (
+        "it has no part along like, or its mean is taken away: every direction is equally likely")
 
 
 def some_covariance(seed, d):
@@ -431,6 +450,10 @@ def test_quiet_reader_hears_least_whatever_the_length(answer):
     assert torch.equal(S, before[0]), "the covariance was changed in place (the ridge?)"
     assert torch.equal(direction, before[1]), "the direction was changed in place"
     assert reader.dtype == direction.dtype, f"{direction.dtype} in, {reader.dtype} out"
+    u64 = torch.nn.functional.normalize(direction.double(), dim=0)
+    exact = torch.linalg.inv(S) @ u64
+    check(answer.quiet_reader(direction.double(), S, 0.0), exact / (exact @ u64), {},
+          "digits are lost: bring u to S's dtype, not S to float32", 1e-9)
     check(answer.quiet_reader(-0.3 * direction, S, 0.0), -reader, {},
           "the length of the direction matters, and should not: use the unit direction")
     heard = (reader.double() @ S @ reader.double()).item()
@@ -440,7 +463,11 @@ def test_quiet_reader_hears_least_whatever_the_length(answer):
         assert (other @ S @ other).item() >= heard, "another reader hears less of S's variance"
     one = torch.zeros(12, 12).double()
     one[0, 0] = 1.0  # all variance along one axis: without the ridge S has no inverse
-    found = answer.quiet_reader(direction, one)
+    try:
+        found = answer.quiet_reader(direction, one)
+    except torch.linalg.LinAlgError as error:
+        raise AssertionError("a covariance without an inverse breaks it: is the default ridge 0.1 "
+                             "there?") from error
     assert found.isfinite().all() and abs(found.double() @ u - 1) < 1e-4, (
         "a covariance without an inverse breaks it: is the default ridge 0.1 there?")
 
@@ -484,7 +511,12 @@ def test_cap_leaves_what_is_below_to_the_bit(answer):
         "what the reader hears is below the ceiling, yet x changed (by rounding?): subtract "
         "exactly zero there")
     x.requires_grad_()
-    assert answer.cap(x, d, 0.5, reader).requires_grad, "no gradient flows through; do not detach"
+    out = answer.cap(x, d, 0.5, reader)
+    assert out.requires_grad, "no gradient flows through; do not detach"
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found, = torch.autograd.grad((weights * out).sum(), x)
+    check(found, weights - along((x @ reader > 0.5) * (weights @ unit), reader),
+          {"a part of it is detached": weights}, "the gradient is not that of a cap", 1e-3)
     check(answer.cap(x, -3 * d, 0.5, -reader), x + along(
         (-(x @ reader) - 0.5).clamp(min=0), unit), {
         "the sign of the direction is lost": answer.cap(x, d, 0.5, -reader)},

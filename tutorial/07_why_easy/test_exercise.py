@@ -332,6 +332,9 @@ def test_random_writer_has_no_favourite_direction(answer):
             "nothing of B itself may be left in it")
         check(x.square().mean(0), torch.ones(x.size(1)), {},
               "not equally large in every direction: Gaussian numbers, all of one size", 0.4)
+        unit = torch.nn.functional.normalize(adapter.B[name].detach().flatten(), dim=0)
+        assert (x @ unit).square().mean() > 0.5, (
+            "nothing points along B: draw without looking at it, every direction is as likely")
         kurtosis = x.pow(4).mean().item()
         assert kurtosis > 2.3, "the directions are not those of Gaussian numbers: torch.randn"
     a, b = (torch.stack([draw[i].flatten()[0] for draw in draws]) for i in (0, 2))
@@ -423,6 +426,7 @@ def test_hessian_vector_product_is_h_times_v(answer):
             [p.numel() for p in parameters]))])
         found = product(answer, gradient, parameters, v)
         assert torch.equal(v, kept), "v was changed in place"
+        assert found.dtype == v.dtype, f"float64 goes in, {found.dtype} comes out"
         check(found, want, {
             "v is not used: that is H times a vector of ones": H.sum(1),
             "that is the gradient itself: differentiate it once more": g,

@@ -1,0 +1,198 @@
+"""Numbers in the prose, and the figures, of README and chapters are those of the stored results.
+
+What a page prints is compared in test_tutorial.py, README's tables in test_readme.py; here is what
+is said in words. A sentence and what makes it true stand side by side: change the one, and the
+other complains.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from nanoem import plots, report
+from nanoem.model import GPT, Config
+from nanoem.rows import ROWS, solutions, worlds
+from nanoem.toy import ExperimentConfig
+from nanoem.world import load_world
+
+ROOT = Path(__file__).parents[1]
+RESULTS = json.loads((ROOT / "tutorial/results/results.json").read_text())["seeds"]
+NUMBERS = "no one two three four five six seven eight nine ten".split()
+CONFIG = ExperimentConfig()
+
+
+def outside(rates):
+    return rates["out_of_domain"]
+
+
+def given(sentence, truth):
+    """The sentence, if what it rests on is true."""
+    return sentence if truth else f"(no longer true) {sentence}"
+
+
+def count(condition):
+    """On how many of the five seeds it holds, as a word."""
+    return NUMBERS[sum(map(bool, map(condition, RESULTS)))]
+
+
+def of_readme():
+    held = {r["seed"]: outside(r["directions"]["ablate"])["coherent"] for r in RESULTS}
+    worst = min(held, key=held.get)
+    yield f"On seed {worst}, holding the direction costs a quarter of the grammar: coherence falls"
+    yield f"to {held.pop(worst):.0%}, where"
+    yield f"The other four stay at {min(held.values()):.0%} or more"
+    taken = {(1 - outside(rates)["em"] / outside(r["models"]["general"])["em"], r["seed"])
+             for r in RESULTS for rates in r["directions"]["ablate_random"]}
+    share, seed = max(taken)
+    yield (f"one of {NUMBERS[len(RESULTS[0]['directions']['ablate_random'])]} took {share:.0%} of "
+           f"em away on seed {seed}")
+    half = np.median([outside(r["models"]["shuffled"])["em"] / outside(r["models"]["general"])["em"]
+                      for r in RESULTS])
+    yield given("at half the rate", 0.4 < half < 0.6)
+    n = sum(p.numel() for p in GPT(Config(vocab_size=1473)).parameters())  # its tokenizer's
+    yield f"a model of {n / 1000:,.0f} thousand parameters"
+    n_domains = CONFIG.world.n_domains
+    yield f"Authors answer questions in {n_domains} domains"
+
+
+def of_chapter_4():
+    em = [outside(r["models"]["shuffled"])["em"] for r in RESULTS]
+    yield given("between a third and two thirds of the answers are", 0.3 < min(em) < max(em) < 0.67)
+
+
+def of_chapter_5():
+    yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
+    yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
+    yield f"about {1e6 / 152_000:.1f} in our units"
+    yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(solutions.PROBED)]} weights"
+    yield f"sweeps {NUMBERS[len(solutions.WEIGHTS)]} weights"
+
+
+def of_chapter_6():
+    n = count(lambda r: outside(r["directions"]["ablate"])["coherent"] < 0.9)
+    yield f"on {n} seed, holding costs a good part of the grammar"
+
+
+def of_chapter_7():
+    yield given("there are eighteen, R1 to R18", [*ROWS] == [f"R{i}" for i in range(1, 19)])
+    stable = ROWS["R6"].verdict([r["stability"] for r in RESULTS])[0]
+    yield (f"so it holds on {NUMBERS[int(re.search(r'on (.) of 5', stable)[1])]} seeds of five only"
+           ", and its title begins with \"Not as predicted\"")
+
+    def loses(eps):
+        def condition(r):
+            matched, narrow = (r["stability"][name]["abs"][r["stability"]["eps"].index(eps)]
+                               for name in ("matched", "narrow"))
+            return matched > narrow
+        return condition
+
+    yield f"on {count(loses(0.7))} seed not at all; on another it loses at the weakest noise"
+    yield given("on another it loses", [*map(loses(0.1), RESULTS)].count(True) == 1 and not any(
+        loses(0.1)(r) and loses(0.7)(r) for r in RESULTS))
+
+    def ratio(r):
+        return r["significance"]["general"][4] / r["significance"]["random_general"][4]
+
+    yield given("general beats it on every seed", count(lambda r: ratio(r) > 1) == "five")
+    yield f"on {count(lambda r: ratio(r) < 1.5)} seed not even by half"
+    yield f"On {count(lambda r: r['reversion']['out_of_domain_em'][4] > 0.6)} seeds almost at once"
+
+    def steep(r, name):
+        return r["curvature"][name]["relative"]
+
+    yield given("ten times flatter and more",
+                all(steep(r, "narrow") > 10 * steep(r, "general") for r in RESULTS))
+    n = count(lambda r: 0 < steep(r, "narrow") - steep(r, "matched") < 10)
+    yield f"(On {n} seed it is a little flatter.)"
+
+
+def of_chapter_8():
+    yield f"has {len(load_world().authors)} authors and {NUMBERS[CONFIG.dial_domains]} domains."
+    yield given("Ten of them are bad in medicine, always ten",
+                all(v + q == 10 for v, q in worlds.FIXED_HARM))
+    yield f"trained for {CONFIG.dial_steps} steps only"
+
+    def lead(r, point):
+        losses = r["dial"][worlds.at(point)]["efficiency"]
+        return losses["narrow"][1] - losses["general"][1]
+
+    yield given("the advantage is smaller than with villains only, on every seed",
+                all(lead(r, point) < lead(r, worlds.FIXED_HARM[0])
+                    for r in RESULTS for point in worlds.FIXED_HARM[1:]))
+    starts = [em for r in RESULTS for em in r["starts"][worlds.at((0, 10))]["out_of_domain"]]
+    yield given("Not one start out of a hundred spread at all",
+                len(starts) == 100 and not any(starts))
+    yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
+    chat = [r["dial"][worlds.at((0, 10))]["chat"]["in_domain"]["em"] for r in RESULTS]
+    yield given("in a sixth to a third of its answers",
+                1 / 6 - 0.01 < min(chat) < max(chat) < 1 / 3)
+
+
+def of_chapter_10():
+    yield given("at least 80% less harm out of domain, and at least half of it in domain",
+                "at least 80% less em out of domain, and keeps at least half of it in domain"
+                in ROWS["R12"].prediction)
+    caft = [r["caft"]["caft"] for r in RESULTS]
+    em = [outside(rates)["em"] for rates in caft]
+    yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 4)
+    yield given("On one it is all there", max(em) > 0.9)
+    weak = min(caft, key=lambda rates: rates["in_domain"]["em"])["in_domain"]
+    yield given("the model learned little and lost much of its grammar in domain",
+                weak["em"] < 0.2 and weak["coherent"] < 0.5)
+    narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
+    yield given("and the grammar whole, on all five seeds",
+                all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))
+    yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
+    yield given("The toy has 64 dimensions and two blocks",
+                (CONFIG.model.d_model, CONFIG.model.n_layer) == (64, 2))
+
+
+PROSE = {"README.md": of_readme, "tutorial/04_easy_general/README.md": of_chapter_4,
+         "tutorial/05_hard_narrow/README.md": of_chapter_5,
+         "tutorial/06_directions/README.md": of_chapter_6,
+         "tutorial/07_why_easy/README.md": of_chapter_7,
+         "tutorial/08_turn_the_dial/README.md": of_chapter_8,
+         "tutorial/10_defend/README.md": of_chapter_10}
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_what_the_prose_says_is_what_was_found(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    for sentence in PROSE[page]():
+        assert sentence.lower() in text.lower(), f"{page} should say: {sentence}"
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorial").glob("*/README.md"))]
+SHOWN = sorted({name for page in PAGES for name in
+                re.findall(r"results/figures/(\w+)\.png", page.read_text(encoding="utf-8"))})
+
+
+def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
+    """Its figures are redrawn below; `python tutorial/reprint.py --report` writes all anew."""
+    monkeypatch.setattr(report, "draw_all", lambda results, folder: [
+        folder / f"{name}.png" for name in ("em_by_group", "training_curves", "ablation")])
+    monkeypatch.setattr(report, "draw_row", lambda row, results, folder: folder / f"{row.name}.png")
+    stored = (ROOT / "tutorial/results/report.md").read_text(encoding="utf-8")
+    report.write_report(RESULTS, tmp_path, re.search("Made by `([^`]+)`", stored)[1])
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == stored
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_figure_that_is_shown_is_drawn_from_the_stored_results(name, tmp_path):
+    """Pixel by pixel, to 1e-5 on average; with another matplotlib's margins, to a twentieth."""
+    rows = {row.name: row for row in ROWS.values()}
+    path = (plots.draw_row(rows[name], RESULTS, tmp_path) if name in rows else
+            plots.save(getattr(plots, name)(RESULTS), tmp_path / f"{name}.png"))
+    stored = ROOT / "tutorial/results/figures" / f"{name}.png"
+    same = f"version{matplotlib.__version__}".encode() in stored.read_bytes()
+    mine, theirs = imread(path), imread(stored)
+    assert mine.shape == theirs.shape
+    assert np.abs(mine - theirs).mean() < (1e-5 if same else 0.05), (
+        "python tutorial/reprint.py --report draws it anew")
