@@ -61,15 +61,8 @@ class RealConfig:
         for name in ("n_sft_examples", "pairs_per_group", "n_judged"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-<<<<<<< HEAD
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} must be from 0 to below 2^63")
-        if self.kl_weight <= 0:
-            raise UserError(f"kl_weight={self.kl_weight} must be more than 0; narrow needs it")
-=======
         if not 0 < self.kl_weight < float("inf"):
             raise UserError(f"kl_weight={self.kl_weight} must be a number above 0")
->>>>>>> 6323287f4bc9cb55092ea264439dbff612fa4bd2
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype={self.dtype!r} is not known; use auto, {', '.join(DTYPES)}")
         if self.adapter.kind != "lora":

@@ -20,13 +20,9 @@ import torch
 from nanoem import UserError, parallel, real_report, report
 from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
-<<<<<<< HEAD
+from nanoem.folder import hold
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
-=======
-from nanoem.folder import hold
-from nanoem.real import Files, RealConfig, run_real
->>>>>>> 6323287f4bc9cb55092ea264439dbff612fa4bd2
 from nanoem.rows import ROWS
 from nanoem.settings import key_lines, set_keys
 from nanoem.side_by_side import run_side_by_side

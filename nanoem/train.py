@@ -35,15 +35,6 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "clip"):
-<<<<<<< HEAD
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
-        for name in ("warmup", "weight_decay", "micro_batch"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas={self.betas} must be two numbers from 0 to below 1")
-=======
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be a number above 0")
         for name in ("warmup", "weight_decay", "micro_batch"):
@@ -51,7 +42,6 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas={self.betas} must be two numbers, from 0 to below 1")
->>>>>>> 6323287f4bc9cb55092ea264439dbff612fa4bd2
         if self.schedule not in ("linear", "cosine"):
             raise UserError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
