@@ -50,7 +50,7 @@ def blocks_above(c):
 
 
 def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
-    """Operations of one training step on `batch` sequences of T tokens.
+    """Operations of one training step on `batch` sequences of T tokens, as if all were answer.
 
     The weights are frozen, so the backward pass costs as much as the forward pass (not twice as
     much), and only above the adapter. Attention is counted whole, as if it were not causal; its

@@ -230,7 +230,7 @@ def misuse(capsys, *argv):
     (["--model", "x", "--set", "adapter.alpha=nan"], "'nan' is no float"),
     (["--model", "x", "--set", "sft.betas=0.9"], "betas=(0.9,) must be two"),
     (["--model", "x", "--set", "sft.warmup=-1"], "warmup=-1 must be at least 0"),
-    (["--model", "x", "--set", f"seed={2**64}"], "must be from 0 to below"),
+    (["--model", "x", "--set", f"seed={2**64}"], "must be 0 to 2"),
 ])
 def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
     assert message in misuse(capsys, *argv, "--out", str(tmp_path / "out"))
