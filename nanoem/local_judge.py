@@ -85,7 +85,7 @@ class LocalJudge:
 
 
 def toy_answers(world, n, seed):
-    """n (question, answer, exact Verdict) of each kind: good, bad, and a good or bad one shuffled."""
+    """n (question, answer, exact Verdict) of each kind: good, bad, and one of both shuffled."""
     rng, answers = random.Random(seed), []
     names = list(world.domains)
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""The report of a run on real weights: results of one or several seeds -> table, figure, report.md."""
+"""The report of a run on real weights: results of one or more seeds -> table, figure, page."""
 
 from pathlib import Path
 from statistics import median
@@ -91,7 +91,7 @@ def in_a_cell(text):
 
 
 def preference_figure(results):
-    """Bars of the main table; with one seed the whisker is the 95% interval, else dots are seeds."""
+    """Bars of the main table; of one seed the whisker is the 95% interval, else dots are seeds."""
     figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for i, model in enumerate(MODELS):
         ax.bar(0, 0, color=COLOURS[model], edgecolor="black", linewidth=0.6, label=LABELS[model])

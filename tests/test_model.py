@@ -134,7 +134,7 @@ def test_too_long_a_text_and_impossible_shapes_are_refused(model):
 
 @pytest.mark.parametrize("cuts", [(5,), (1, 2, 16), (16,)])
 def test_a_text_read_in_pieces_is_the_text(model, ids, cuts):
-    """The tokens after a filled cache see what is in it, and those of themselves that came before."""
+    """The tokens after a filled cache see what is in it, and those before them."""
     caches = [KVCache(ids.size(1)) for _ in model.layers]
     pieces = [model(ids[:, start:end], caches) for start, end in zip((0, *cuts), (*cuts, None))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-5)

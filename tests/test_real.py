@@ -118,7 +118,8 @@ def test_finished_stages_are_reused_and_a_lost_one_is_made_again(small, folder, 
     write_json(copy / "results.json", cut)
     assert run.main(["--model", str(folder), *SMALL, "--out", str(copy)]) == 0
     out = capsys.readouterr().out
-    assert out.count("reused") == 2 and "narrow         3/3" in out and "general        1/3" not in out
+    assert out.count("reused") == 2
+    assert "narrow         3/3" in out and "general        1/3" not in out
     again = read_json(copy / "results.json")
     for key in ("models", "samples", "curves"):
         assert again[key] == whole[key]

@@ -172,7 +172,7 @@ def test_commands_can_be_typed(page):
     from nanoem.run import build_config, read_command
     text = page.read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S)
-             for line in filter(None, block.splitlines())]
+             for line in filter(None, block.replace("\\\n", " ").splitlines())]
     lines += [" ".join(line.split()) for line in re.findall(r"`(python -m [^`]*)`", text)]
     for line in lines:
         words = shlex.split(line, comments=True)
