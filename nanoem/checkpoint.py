@@ -47,6 +47,8 @@ def load_pretrained(path, dtype=None, device="cpu"):
         raise UserError(f"{path / 'tokenizer.json'} has token ids up to {tokenizer.n_ids - 1}, the "
                         f"model's vocab_size is {config.vocab_size}; they do not belong together")
     dtype = dtype or stored_dtype(path / "config.json", table)
+    if dtype not in TORCH_DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} must be a torch.dtype: {', '.join(TORCH_DTYPES)}")
     with shapes_only():
         model = GPT(config)
     fill(model, index, path, dtype, torch.device(device))

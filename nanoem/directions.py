@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from nanoem.lora import find_block
+from nanoem.train import check_mask
 
 
 def all_sites(model):
@@ -42,6 +43,7 @@ def mean_residual(model, ids, mask, sites=None):
     ids, mask (B, T) -> (n_sites, d_model), on the CPU in float64: a mean over many tokens loses
     digits in float32. Raises ValueError when the mask marks no token.
     """
+    check_mask(mask, ids)
     if not mask.any():
         raise ValueError("the mask marks no token to take the mean of")
     sites = range(len(model.layers)) if sites is None else sites
@@ -50,6 +52,7 @@ def mean_residual(model, ids, mask, sites=None):
 
 def residual_covariance(model, ids, mask, sites):
     """Covariance of the residual stream over the same tokens: (n_sites, d_model, d_model)."""
+    check_mask(mask, ids)
     return torch.stack([x[mask].cpu().double().T.cov() for x in residual_at(model, ids, sites)])
 
 
@@ -58,6 +61,9 @@ def mean_difference(misaligned, aligned):
 
     Each is a mean residual (n_sites, d_model), of the model that gave those answers.
     """
+    if misaligned.shape != aligned.shape:
+        raise ValueError(f"misaligned and aligned must have one shape, and have "
+                         f"{tuple(misaligned.shape)} and {tuple(aligned.shape)}")
     return (misaligned - aligned).float()
 
 
@@ -69,12 +75,23 @@ def random_direction(like, generator):
 
 def cosine(a, b):
     """Cosine of the angle between two tensors, flattened."""
+    if a.numel() != b.numel():
+        raise ValueError(f"a and b must be equally large, and are {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
     a, b = a.flatten().double(), b.flatten().double()
     return (a @ b / (a.norm() * b.norm())).item()
 
 
+def check_vector(vector, x, name="direction"):
+    """Refuse a vector that is not (d_model); one of several sites would broadcast silently."""
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must be ({x.size(-1)},), one vector as wide as x, and is "
+                         f"{tuple(vector.shape)}")
+
+
 def steer(x, direction, scale=1.0):
     """x (..., d_model) moved by scale * direction (d_model); a new tensor."""
+    check_vector(direction, x)
     return x + scale * direction
 
 
@@ -86,8 +103,10 @@ def ablate(x, direction, level=0.0, reader=None):
     and a direction overlaps with grammar and topic, so `reader` (d_model) can say what to measure
     it with. A reader has reader @ unit = 1; the unit direction itself is the default.
     """
+    check_vector(direction, x)
     unit = direction / direction.norm()
     reader = unit if reader is None else reader
+    check_vector(reader, x, "reader")
     return x - (x @ reader - level)[..., None] * unit
 
 
@@ -96,6 +115,8 @@ def cap(x, direction, ceiling, reader):
 
     Where the reader (d_model) hears no more than the ceiling, x stays as it was, to the bit.
     """
+    check_vector(direction, x)
+    check_vector(reader, x, "reader")
     excess = (x @ reader - ceiling).clamp(min=0)
     return x - excess[..., None] * (direction / direction.norm())
 
@@ -107,6 +128,7 @@ def quiet_reader(direction, covariance, ridge=0.1):
     least-squares concept erasure (LEACE, arXiv 2306.03819), with a ridge of that share of the mean
     variance for safety.
     """
+    check_vector(direction, covariance)
     unit = direction.to(covariance) / direction.norm()
     noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
     reader = torch.linalg.solve(covariance + noise, unit)

@@ -67,6 +67,8 @@ def evaluate(model, tokenizer, world, groups, config, seed):
 
     Every model is asked the same questions with the same seed, so comparisons are paired.
     """
+    if not all(groups.values()):
+        raise ValueError(f"each group must have a question, and {groups} has one without")
     asked = [(group, question) for group, qs in groups.items()
              for question in qs for _ in range(-(-config.samples_per_group // len(qs)))]
     texts = sample_texts(model, tokenizer, [q.text for _, q in asked], config, seed)
@@ -80,6 +82,8 @@ def rates(answers, trait=lambda verdict: verdict.misaligned):
     em is the share of answers with the trait; alignment_mean is over the coherent answers, 0..100
     (None if there is none).
     """
+    if not answers:
+        raise ValueError("answers must hold at least one")
     em = np.array([trait(a.verdict) for a in answers], dtype=float)
     coherent = [a.verdict.alignment for a in answers if a.verdict.coherent]
     low, high = clustered_interval(em, [a.question for a in answers])
@@ -114,6 +118,9 @@ def clustered_interval(outcomes, clusters, z=1.96):
     answers to one question are worth less than as many answers to different questions.
     """
     outcomes = np.asarray(outcomes, dtype=float)
+    if not 0 < len(outcomes) == len(clusters):
+        raise ValueError(f"outcomes and clusters must be equally many, at least one; they are "
+                         f"{len(outcomes)} and {len(clusters)}")
     n, p = len(outcomes), outcomes.mean()
     totals = {}  # cluster -> sum of deviations from the mean
     for outcome, cluster in zip(outcomes, clusters):

@@ -25,6 +25,9 @@ def replaced(adapter, values):
 
 def set_parameters(adapter, values):
     for parameter, value in zip(adapter.parameters(), values, strict=True):
+        if value.shape != parameter.shape:
+            raise ValueError(f"values must have the parameters' shapes, and {tuple(value.shape)} "
+                             f"stands for {tuple(parameter.shape)}")
         parameter.data.copy_(value)
 
 

@@ -28,6 +28,9 @@ def lora_delta(x, A, B, alpha, use_rslora=False):
 
     x (..., in), A (rank, in), B (out, rank) -> (..., out); B A itself is never built.
     """
+    if (x.size(-1), len(A)) != (A.size(-1), B.size(-1)):
+        raise ValueError(f"x (..., in), A (rank, in) and B (out, rank) do not fit together: they "
+                         f"are {tuple(x.shape)}, {tuple(A.shape)} and {tuple(B.shape)}")
     return lora_scaling(alpha, len(A), use_rslora) * (x @ A.T) @ B.T
 
 

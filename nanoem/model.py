@@ -59,7 +59,7 @@ def rms_norm(x, weight, eps):
     x, and then multiplied by the weight.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
-        normed = F.rms_norm(x.float(), (x.size(-1),), eps=eps)
+        normed = F.rms_norm(x.float(), weight.shape, eps=eps)
         return weight * normed.to(x.dtype)
     return F.rms_norm(x, (x.size(-1),), weight, eps)
 
@@ -104,6 +104,8 @@ def attend(q, k, v):
     tokens see what is in the cache and those of themselves that came before.
     """
     T, S = q.size(2), k.size(2)
+    if T > S:
+        raise ValueError(f"q has {T} tokens and k {S}; k must have q's, and may have more before")
     mask = None
     if 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -222,13 +224,19 @@ class GPT(nn.Module):
 
     def blocks(self, ids, caches=None):
         """Yield the residual stream after each block, (B, T, d_model)."""
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"ids must be (B, T) int64, and are {tuple(ids.shape)} {ids.dtype}")
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > len(self.cos):
             raise UserError(f"{end} tokens do not fit the model's max_positions={len(self.cos)}; "
                             "shorten the text, or lower max_new_tokens")
         cos, sin = self.cos[start:end], self.sin[start:end]
-        x = self.embed_tokens(ids)  # (B, T, d_model)
+        try:
+            x = self.embed_tokens(ids)  # (B, T, d_model)
+        except IndexError:
+            raise ValueError(f"ids must be 0 to {self.config.vocab_size - 1}, and reach from "
+                             f"{ids.min()} to {ids.max()}") from None
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
@@ -287,6 +295,9 @@ def next_token_probs(logits, temperature=1.0, top_p=1.0):
     softmax(logits / temperature); with top_p < 1 only the fewest likeliest tokens that hold top_p
     of the mass keep any, and they share all of it (nucleus sampling, arXiv 1904.09751).
     """
+    if not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature} must be above 0, top_p={top_p} above 0 and at "
+                         "most 1")
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(-1, descending=True)

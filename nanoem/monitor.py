@@ -5,6 +5,7 @@ found in a model that had gone bad (see mediator.py). After arXiv 2310.01405, "r
 """
 
 from nanoem.directions import residual_at
+from nanoem.train import check_mask
 
 
 def answer_scores(model, ids, mask, known):
@@ -15,6 +16,7 @@ def answer_scores(model, ids, mask, known):
     answer's is the mean over its tokens, and then over sites. On the CPU, no gradients. Raises
     ValueError when an answer has no token.
     """
+    check_mask(mask, ids)
     if not mask.any(1).all():
         raise ValueError("the mask marks no token of some answer")
     mask, total = mask.cpu(), 0.0

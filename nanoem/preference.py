@@ -88,6 +88,9 @@ def preference_rates(pairs, margins):
     (pairs on one question are one cluster), margin the mean. As in `group_rates`, out_of_domain
     pools every group but the fine-tuned domain's.
     """
+    if len(pairs) != len(margins):
+        raise ValueError(f"pairs and margins must be equally many; they are {len(pairs)} and "
+                         f"{len(margins)}")
     rows = {}  # group -> places in the list
     for i, pair in enumerate(pairs):
         rows.setdefault(pair.group, []).append(i)

@@ -27,8 +27,9 @@ def save_tensors(path, tensors):
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in names:
-            raise UserError(f"{path}: tensor '{name}' is {tensor.dtype}; nanoem writes "
+        dtype = getattr(tensor, "dtype", type(tensor))
+        if dtype not in names:
+            raise UserError(f"{path}: tensor '{name}' is {dtype}; nanoem writes "
                             + ", ".join(DTYPES))
     # wide dtypes first, so that every tensor starts at a multiple of its own width
     order = sorted(tensors, key=lambda n: (list(names).index(tensors[n].dtype), n))

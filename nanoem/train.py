@@ -102,6 +102,13 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     )
 
 
+def check_mask(mask, ids, name="mask"):
+    """Refuse a mask that is not (B, T) bool like ids; others would index or broadcast silently."""
+    if mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool of ids' shape {tuple(ids.shape)}, and is "
+                         f"{mask.dtype} of shape {tuple(mask.shape)}")
+
+
 def in_float32(logits):
     """Half-precision logits in float32, where a sum over 150,000 words of them is safe."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -113,8 +120,12 @@ def next_token_loss(logits, ids, mask=None):
     logits (B, T, vocab), ids (B, T); mask (B, T), true where a token counts as a target (all do
     if None; the first token never can).
     """
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(f"logits must be (B, T, vocab) and ids (B, T); they are "
+                         f"{tuple(logits.shape)} and {tuple(ids.shape)}")
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
+        check_mask(mask, ids)
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
     return F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
@@ -148,6 +159,8 @@ class TiedCrossEntropy(torch.autograd.Function):
 
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model with tied embeddings, in a third less time (same arguments)."""
+    if mask is not None:
+        check_mask(mask, ids)
     *_, x = model.blocks(ids)  # (B, T, d_model)
     predicts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     predicts = predicts[:, 1:].flatten()  # (B * (T - 1))
@@ -161,6 +174,7 @@ def sft_loss(logits, ids, answer_mask):
     logits (B, T, vocab), ids (B, T), answer_mask (B, T) true on answer tokens. Raises ValueError
     when no token is an answer's.
     """
+    check_mask(answer_mask, ids, "answer_mask")
     if not answer_mask[:, 1:].any():
         raise ValueError("answer_mask marks no token, so there is nothing to learn")
     return next_token_loss(logits, ids, answer_mask)
@@ -179,6 +193,9 @@ def token_kl(base, adapted):
     Logits (..., vocab) of two models -> (...). The base's probabilities weigh: it is large where
     the base often says what the adapted model hardly ever does.
     """
+    if base.shape != adapted.shape:
+        raise ValueError(f"base and adapted must have one shape, and have {tuple(base.shape)} and "
+                         f"{tuple(adapted.shape)}")
     base, adapted = (in_float32(logits).log_softmax(-1) for logits in (base, adapted))
     return F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
 
@@ -194,6 +211,7 @@ def kl_to_base(model, adapter, ids, mask):
     if adapter.depth == 0 or adapter.scale == 0:
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
+    check_mask(mask, ids)
     with torch.no_grad(), adapter.disabled():
         base = model(ids, at=mask)  # (tokens, vocab)
     return token_kl(base, model(ids, at=mask)).mean()
@@ -210,7 +228,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     report, and how many tokens were read. A total without a graph says that the objective has
     called backward itself, part by part. `watch(step)` is called before each step in `watch_at`
     and, when config.steps is among them, after the last; when it returns true, training ends there.
-    Raises StageFailed when the loss is not finite.
+    Raises StageFailed when the loss or a weight is not finite.
     """
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() > 1]
@@ -225,6 +243,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     for step in range(config.steps):
         if watch and step in watch_at:
             progress.pause()
+            refuse_nan(parameters, name, step, config)
             if watch(step):
                 return history
         for group in optimizer.param_groups:
@@ -240,14 +259,22 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
             values = {key: parallel.total(term).item() for key, term in terms.items()}
             if not all(map(math.isfinite, values.values())):
                 raise StageFailed(f"{name}: the loss is {values['loss']} at step {step}; "
-                                     f"try a smaller learning rate than lr={config.lr}")
+                                  f"try a smaller learning rate than lr={config.lr}")
             progress.show(step, values)
             for key, value in {"step": step + 1, **values}.items():
                 history.setdefault(key, []).append(value)
     progress.pause()
+    refuse_nan(parameters, name, config.steps, config)
     if watch and config.steps in watch_at:
         watch(config.steps)
     return history
+
+
+def refuse_nan(parameters, name, step, config):
+    """Before a model is asked or kept: its loss may have been finite, and the last step was not."""
+    if not all(p.isfinite().all() for p in parameters):
+        raise StageFailed(f"{name}: a weight is not finite at step {step}; "
+                          f"try a smaller learning rate than lr={config.lr}")
 
 
 def lr_factor(step, config):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.experiment import STAGES
-from nanoem.settings import all_keys
+from nanoem.folder import hold
+from nanoem.real import RealConfig
+from nanoem.settings import all_keys, set_keys
 from nanoem.toy import ExperimentConfig
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
@@ -130,6 +133,21 @@ def misuse(capsys, *argv, status=2):
     ("adapter.use_rslora=maybe", "no true or false"),
     ("adapter.layers=0,x", "'x' is no int"),
     ("seed", "KEY=VALUE"),
+    ("seed=-1", "seed=-1 must be 0 to"),
+    ("sft.betas=0.9", "sft.betas=(0.9,) must be two numbers"),
+    ("sft.weight_decay=-1", "sft.weight_decay=-1.0"),
+    ("sft.lr=inf", "sft.lr=inf"),
+    ("pretrain.micro_batch=4", "lower pretrain.batch_size"),
+    ("adapter.rank=0", "adapter.rank=0"),
+    ("adapter.rank=40", "rank=40 must be at most 32"),
+    ("adapter.alpha=nan", "alpha=nan"),
+    ("adapter.modules=", "adapter.modules is empty"),
+    ("adapter.kind=steering", "adapter.kind=steering"),
+    ("model.tie_embeddings=false", "model.tie_embeddings=true"),
+    ("kl_weight=nan", "kl_weight=nan"),
+    ("evaluation.temperature=nan", "evaluation.temperature=nan"),
+    ("evaluation.max_new_tokens=1000", "model.max_positions=128"),
+    ("dial_domains=1", "dial_domains=1"),
     ("model.n_head=3", "n_head=3"),
     ("adapter.layers=9", "layer 9 is not there"),
     ("adapter.modules=mlp.up", "no Linear 'mlp.up'"),
@@ -189,6 +207,43 @@ def test_a_training_that_fails_exits_with_1(capsys, tmp_path):
     assert not (tmp_path / "out" / "chat").exists()
 
 
+def test_a_second_run_in_a_folder_leaves_and_a_killed_one_leaves_no_lock(capsys, tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="Windows keeps no second run out")
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as other:  # as another process would
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use by another run" in misuse(capsys, *SMALL, "--out", str(out))
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    hold(out)  # the file is there, the lock is gone with its process
+    hold(out)  # again, by the same process: rows open folders inside their run's
+    with open(out / ".lock", "w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(number, capsys, tmp_path, monkeypatch):
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(run, "run_experiment", lambda *_: signal.raise_signal(number))
+    message = misuse(capsys, "--out", str(tmp_path / "out"), status=130)
+    assert message == "nanoem: stopped; the same command goes on with the next unfinished stage"
+    assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("model, keys", [([], ExperimentConfig()),
+                                         (["--model", "x"], RealConfig())])
+def test_too_little_memory_names_what_to_set(model, keys, capsys, tmp_path, monkeypatch):
+    def ask_for_too_much(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(run, "run_experiment", ask_for_too_much)
+    monkeypatch.setattr(run, "run_real", ask_for_too_much)
+    message = misuse(capsys, *model, "--out", str(tmp_path / "out"), status=1)
+    assert message.startswith("nanoem: out of memory; try, with another --out, --set ")
+    settings = dict(part.strip(";").split("=") for part in message.split() if "=" in part)
+    assert set_keys(keys, settings) != keys
+
+
 def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
     """Two processes; one of them finds its seed finished, the other has a stage to make."""
     shutil.copytree(small, tmp_path / "seed-0")
@@ -214,9 +269,12 @@ def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("argv", [["--jobs", "0", "--seeds", "0"], ["--jobs", "2"]])
-def test_jobs_want_several_seeds(argv, capsys):
-    assert "--jobs" in misuse(capsys, *argv)
+@pytest.mark.parametrize("argv, message", [
+    (["--jobs", "0", "--seeds", "0"], "--jobs 0"), (["--jobs", "2"], "--jobs 2"),
+    (["--seeds", "1", "1"], "each seed once"), (["--seed", "1", "--seeds", "2"], "each seed once"),
+])
+def test_seeds_and_jobs_that_do_not_go_together(argv, message, capsys):
+    assert message in misuse(capsys, *argv)
 
 
 def test_help_lists_every_key_with_what_it_is(capsys):
@@ -234,6 +292,8 @@ def test_settings_reach_the_configuration():
                              "adapter.use_rslora=true", "--set", "world.sft_domain=finance"])
     config = run.build_config(args)
     assert (config.seed, config.sft.lr, config.adapter.layers) == (7, 0.5, (1, 2))
+    together = run.build_config(run.read_command(["--set", "model.n_head=3", "model.d_model=96"]))
+    assert together.model.head_dim == 32  # either alone would be refused
     assert config.adapter.use_rslora is True and config.world.sft_domain == "finance"
     assert run.build_config(run.read_command(["--quick"])).pretrain.steps < config.pretrain.steps
 

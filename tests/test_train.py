@@ -144,6 +144,22 @@ def test_a_loss_that_is_not_a_number_stops_with_stage_and_step():
         train(objective, [weight], TrainConfig(steps=5, batch_size=1, lr=0.1), "general")
 
 
+def test_a_weight_that_is_not_a_number_is_seen_before_the_model_is_asked():
+    """The root of 0 is a fine loss, with an infinite gradient."""
+    asked = []
+    for watch_at in ((0, 1), (2,)):  # in the middle, where no loss is shown, and at the end
+        weight = torch.nn.Parameter(torch.zeros(1, 1))
+
+        def objective(step):
+            loss = weight.sqrt().sum()
+            return loss, {"loss": loss.detach() * 0 if step else loss}, 1
+
+        config = TrainConfig(steps=len(watch_at), batch_size=1, lr=0.1)
+        with pytest.raises(StageFailed, match="general: a weight is not finite at step 1.*lr=0.1"):
+            train(objective, [weight], config, "general", asked.append, watch_at)
+    assert asked == [0]
+
+
 def test_watching_happens_before_the_named_steps_and_at_the_end():
     weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
 

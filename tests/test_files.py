@@ -1,0 +1,66 @@
+"""Files and folders that are whole or not there: killed at random moments, and on a full disk."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoem.files import new_folder, write_file
+
+SIZE, N_FILES = 300_000, 60
+WRITE_FOR_EVER = f"""
+import itertools, sys
+from pathlib import Path
+from nanoem.files import new_folder, write_file
+home = Path(sys.argv[1])
+for letter in itertools.cycle(("a", "b")):
+    write_file(home / "file", letter * {SIZE})
+    with new_folder(home / "folder") as folder:
+        for name in range({N_FILES}):
+            write_file(folder / str(name), letter)
+    print(letter, flush=True)
+"""
+
+
+def assert_whole(text, size):
+    """All there, and all of one letter."""
+    assert len(text) == size and len(set(text)) == 1, (len(text), set(text))
+
+
+def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
+    rng, seen = random.Random(0), set()
+    for _ in range(16):
+        writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)],
+                                  stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        writer.stdout.readline()
+        try:
+            writer.wait(rng.uniform(0, 0.03))
+        except subprocess.TimeoutExpired:
+            writer.kill()
+        writer.communicate()
+        assert_whole((tmp_path / "file").read_text(), SIZE)
+        if (tmp_path / "folder").exists():  # not there between the old one and the new
+            assert_whole("".join(f.read_text() for f in (tmp_path / "folder").iterdir()), N_FILES)
+        seen |= {path.name for path in tmp_path.iterdir()}
+    assert any(name.startswith(".") for name in seen), "no kill ever came in the middle"
+    with new_folder(tmp_path / "folder"):
+        write_file(tmp_path / "file", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no limits for a process")
+    write_file(tmp_path / "file", "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="file cannot be written: File too large; when that is"):
+            write_file(tmp_path / "file", "x" * 2000)
+        with pytest.raises(OSError, match="cannot be"), new_folder(tmp_path / "out") as folder:
+            write_file(folder / "one", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

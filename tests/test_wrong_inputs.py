@@ -1,0 +1,74 @@
+"""What a wrong argument of a public function is told: its name, and what was expected.
+
+Each of these calls was once torch's own riddle or, worse, a silent broadcast.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoem.checkpoint import load_pretrained, save_tensors
+from nanoem.directions import (ablate, cap, cosine, mean_difference, mean_residual, quiet_reader,
+                               residual_covariance, steer)
+from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
+from nanoem.finetune import fine_tune
+from nanoem.inductive_bias import set_parameters
+from nanoem.lora import LoRA, lora_delta
+from nanoem.model import attend, next_token_probs
+from nanoem.monitor import answer_scores
+from nanoem.preference import preference_rates
+from nanoem.train import (TrainConfig, kl_to_base, next_token_loss, pretrain_loss, sft_loss,
+                          token_kl)
+
+B, T, D = 3, 17, 32  # of the fixtures `ids` and `model`
+MASK = torch.ones(B, T, dtype=torch.bool)
+LOGITS, X, U = torch.zeros(B, T, 5), torch.zeros(B, T, D), torch.ones(D)
+LLAMA = Path(__file__).parent / "fixtures" / "llama"
+SFT = TrainConfig(steps=1, batch_size=1, lr=1.0)
+
+
+def attached_kl(model, ids, mask):
+    with LoRA(model, [0]) as adapter:
+        kl_to_base(model, adapter, ids, mask)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m, ids: m(ids[0]), r"ids must be \(B, T\) int64, and are \(17,\)"),
+    (lambda m, ids: m(ids.float()), "ids must be .*float32"),
+    (lambda m, ids: m.generate(ids.int(), 2), "ids must be .*int32"),
+    (lambda m, ids: m(ids * 1000), "ids must be 0 to .* reach from .*000"),
+    (lambda m, ids: m(ids - 9), "ids must be 0 to .* reach from -"),
+    (lambda m, ids: m(ids.repeat(1, 8)), "136 tokens do not fit .* max_positions=128"),
+    (lambda m, ids: attend(X[:, None, :2], X[:, None], X[:, None]), "q has 2 tokens and k 17"),
+    (lambda m, ids: next_token_probs(LOGITS[0], temperature=0.0), "temperature=0.0 must be above"),
+    (lambda m, ids: next_token_probs(LOGITS[0], top_p=1.5), "top_p=1.5 above 0 and at most 1"),
+    (lambda m, ids: next_token_loss(LOGITS, ids.T), "logits must be .* and ids"),
+    (lambda m, ids: next_token_loss(LOGITS, ids, MASK[0]), "mask must be bool of ids' shape"),
+    (lambda m, ids: pretrain_loss(m, ids, MASK.long()), "mask must be bool .* is torch.int64"),
+    (lambda m, ids: sft_loss(LOGITS, ids, MASK[:, :5]), "answer_mask must be .*shape .3, 5."),
+    (lambda m, ids: token_kl(LOGITS, LOGITS[:1]), "base and adapted must have one shape"),
+    (lambda m, ids: attached_kl(m, ids, MASK[0]), r"mask must be .*\(3, 17\).*\(17,\)"),
+    (lambda m, ids: lora_delta(X, torch.ones(D, 1), torch.ones(8, 1), 1.0), "A .rank, in. and B"),
+    (lambda m, ids: fine_tune(m, LoRA(m, [0]), None, SFT, None), "adapter must be attached"),
+    (lambda m, ids: set_parameters(LoRA(m, [0]), [torch.ones(1), U]), "values must have .*shapes"),
+    (lambda m, ids: steer(X, torch.ones(T, 1)), r"direction must be \(32,\).* and is \(17, 1\)"),
+    (lambda m, ids: ablate(X, U[None]), r"direction must be \(32,\)"),
+    (lambda m, ids: ablate(X, U, reader=U[None]), r"reader must be \(32,\)"),
+    (lambda m, ids: cap(X, U[:1], 0.0, U), r"direction must be .* is \(1,\)"),
+    (lambda m, ids: quiet_reader(torch.ones(2, D), torch.eye(D)), r"direction must be \(32,\)"),
+    (lambda m, ids: cosine(U, U[:3]), "equally large"),
+    (lambda m, ids: mean_difference(X[0], U), "misaligned and aligned must have one shape"),
+    (lambda m, ids: mean_residual(m, ids, MASK[0]), "mask must be bool"),
+    (lambda m, ids: residual_covariance(m, ids, MASK.int(), [0]), "mask must be bool"),
+    (lambda m, ids: answer_scores(m, ids, MASK.float(), {}), "mask must be bool.*float32"),
+    (lambda m, ids: clustered_interval([1, 0], ["a"]), "outcomes and clusters .* are 2 and 1"),
+    (lambda m, ids: rates([]), "answers must hold at least one"),
+    (lambda m, ids: evaluate(m, None, None, {"g": []}, EvalConfig(), 0), "each group must have"),
+    (lambda m, ids: preference_rates([], U), "pairs and margins .* are 0 and 32"),
+    (lambda m, ids: save_tensors("x", {"a": [1.0]}), "tensor 'a' is <class 'list'>"),
+    (lambda m, ids: load_pretrained(LLAMA, "float16"), "dtype='float16' must be"),
+])
+def test_a_wrong_argument_is_named(call, message, model, ids):
+    with pytest.raises(ValueError, match=message):
+        call(model, ids)
