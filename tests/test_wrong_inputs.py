@@ -40,7 +40,7 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: m(ids * 1000), "ids must be 0 to .* reach from .*000"),
     (lambda m, ids: m(ids - 9), "ids must be 0 to .* reach from -"),
     (lambda m, ids: m(ids.repeat(1, 8)), "136 tokens do not fit .* max_positions=128"),
-    (lambda m, ids: attend(X[:, None, :2], X[:, None], X[:, None]), "q has 2 tokens and k 17"),
+    (lambda m, ids: attend(X[:, None], X[:, None, :2], X[:, None]), "q has 17 tokens and k 2"),
     (lambda m, ids: next_token_probs(LOGITS[0], temperature=0.0), "temperature=0.0 must be above"),
     (lambda m, ids: next_token_probs(LOGITS[0], top_p=1.5), "top_p=1.5 above 0 and at most 1"),
     (lambda m, ids: next_token_loss(LOGITS, ids.T), "logits must be .* and ids"),
