@@ -1,5 +1,6 @@
 """Losses against loops and torch.distributions; the training loop against AdamW by hand."""
 
+import copy
 import math
 
 import pytest
@@ -123,6 +124,27 @@ def test_the_loop_is_adamw_with_warm_up_and_clipping():
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert history["loss"][0] == pytest.approx(13.0)
     assert history["loss"][-1] < 13.0
+
+
+def test_one_thread_and_two_agree_on_the_first_losses(model):
+    """Not to the last bit, as they add up in another order; README says what comes of that."""
+    ids = torch.randint(3, 200, (12, 64), generator=torch.Generator().manual_seed(0))
+    losses, before = [], torch.get_num_threads()
+    for n_threads in (1, 2):
+        learner = copy.deepcopy(model).requires_grad_(True)
+
+        def objective(step):
+            loss = pretrain_loss(learner, ids)
+            return loss, {"loss": loss}, ids.numel()
+
+        torch.set_num_threads(n_threads)
+        try:
+            losses.append(train(objective, learner.parameters(),
+                                TrainConfig(steps=3, batch_size=12, lr=1e-2, warmup=0))["loss"])
+        finally:
+            torch.set_num_threads(before)
+    assert len(losses[0]) == 3 and losses[0][-1] < losses[0][0] - 0.1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_learning_rate_goes_to_zero():
