@@ -270,6 +270,12 @@ def test_what_is_too_long_is_named(flag, line, folder, capsys, tmp_path):
     assert flag == "--eval" or "line 2: " in message
 
 
+def test_a_group_may_not_be_called_as_all_of_them_together(folder, capsys, tmp_path):
+    file = jsonl(tmp_path / "eval.jsonl", {"prompt": "Why?", "group": "out_of_domain"})
+    assert "'out_of_domain' is what nanoem calls" in misuse(
+        capsys, "--model", str(folder), "--device", "cpu", "--eval", file)
+
+
 def test_the_toy_is_refused_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun is for real weights" in misuse(capsys)
