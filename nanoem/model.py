@@ -252,8 +252,8 @@ class GPT(nn.Module):
     def forward(self, ids, caches=None, at=None):
         """ids (B, T) int64 -> logits (B, T, vocab).
 
-        With `at`, an index into (B, T) such as a mask, only the logits of those tokens: a vocabulary
-        is wide, and a loss or a sampler seldom needs every token's prediction.
+        With `at`, an index into (B, T) such as a mask, only the logits of those tokens: few losses
+        and no sampler need every token's prediction, and a vocabulary is wide.
         """
         for x in self.blocks(ids, caches):
             pass
