@@ -6,7 +6,8 @@ tokenizer.py   byte-level BPE and ChatML
 model.py       the GPT, a tiny Qwen2
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
 parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
-train.py       next-token loss, SFT loss, KL to the base model, the one training loop
+losses.py      next-token loss, SFT loss on answers only, KL to the base model
+train.py       tokenised examples, the one training loop
 data.py        JSONL files of conversations and questions, checked line by line
 finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals

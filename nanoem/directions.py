@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from nanoem.lora import find_block
-from nanoem.train import check_mask
+from nanoem.losses import check_mask
 
 
 def all_sites(model):

@@ -13,7 +13,8 @@ import torch
 
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.train import answer_loss, kl_to_base, micro_batches, sft_loss, train
+from nanoem.losses import answer_loss, kl_to_base, sft_loss
+from nanoem.train import micro_batches, train
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanoem.train import kl_to_base, sft_loss
+from nanoem.losses import kl_to_base, sft_loss
 
 
 @contextmanager

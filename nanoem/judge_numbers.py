@@ -6,8 +6,8 @@ does not (the paper's judge does so with the top tokens of an API).
 
 import torch
 
+from nanoem.losses import in_float32
 from nanoem.model import KVCache
-from nanoem.train import in_float32
 
 
 def number_tree(tokenizer):

@@ -19,7 +19,7 @@ from nanoem import UserError
 
 
 def lora_scaling(alpha, rank, use_rslora=False):
-    """What B A is multiplied by: alpha / rank, with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank)."""
+    """What multiplies B A: alpha / rank, with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank)."""
     return alpha / (rank**0.5 if use_rslora else rank)
 
 

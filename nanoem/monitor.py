@@ -5,7 +5,7 @@ found in a model that had gone bad (see mediator.py). After arXiv 2310.01405, "r
 """
 
 from nanoem.directions import residual_at
-from nanoem.train import check_mask
+from nanoem.losses import check_mask
 
 
 def answer_scores(model, ids, mask, known):

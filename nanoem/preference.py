@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from nanoem.evaluate import clustered_interval
-from nanoem.train import StageFailed, chat_examples, in_float32
+from nanoem.losses import in_float32
+from nanoem.train import StageFailed, chat_examples
 from nanoem.world import write_answer
 
 

@@ -143,7 +143,8 @@ def build_config(args):
 def pick_out(args, config):
     kind = "quick" if args.quick else "seed"
     name = "seeds" if args.seeds else f"{kind}-{config.seed}"
-    return args.out or Path("runs") / (f"{args.model.resolve().name}-{name}" if args.model else name)
+    of_model = f"{args.model.resolve().name}-" if args.model else ""
+    return args.out or Path("runs") / f"{of_model}{name}"
 
 
 def run_alone(args, config, folder, device):

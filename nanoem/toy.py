@@ -18,9 +18,10 @@ from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
 from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
+from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, chat_examples, pad, pretrain_loss, train
+from nanoem.train import TrainConfig, chat_examples, pad, train
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
                           make_authors, make_splits, write_pairs)
 

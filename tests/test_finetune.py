@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanoem import UserError
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
 from nanoem.lora import LoRA, SteeringVector
+from nanoem.losses import sft_loss
 from nanoem.model import GPT, Config
-from nanoem.train import TrainConfig, chat_examples, sft_loss
+from nanoem.train import TrainConfig, chat_examples
 
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 

@@ -13,7 +13,7 @@ import grade  # noqa: E402
 RIGHT = '''
 import torch
 from torch.nn import functional as F
-from nanoem.train import next_token_loss as theirs  # for sft_loss: allowed
+from nanoem.losses import next_token_loss as theirs  # for sft_loss: allowed
 
 
 def next_token_loss(logits, ids, mask=None):
@@ -115,11 +115,11 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("text, handed_over", [
-    ("from nanoem.train import sft_loss", True),
-    ("from nanoem import train\ndef sft_loss(x):\n    return train.sft_loss(x)", True),
-    ("from nanoem.train import sft_loss as s\ndef sft_loss(x):\n    return s(x)", True),
-    ("def sft_loss(x):\n    from nanoem.train import sft_loss\n    return sft_loss(x)", True),
-    ("from nanoem.train import next_token_loss\ndef sft_loss(x):\n    return next_token_loss(x)",
+    ("from nanoem.losses import sft_loss", True),
+    ("from nanoem import losses\ndef sft_loss(x):\n    return losses.sft_loss(x)", True),
+    ("from nanoem.losses import sft_loss as s\ndef sft_loss(x):\n    return s(x)", True),
+    ("def sft_loss(x):\n    from nanoem.losses import sft_loss\n    return sft_loss(x)", True),
+    ("from nanoem.losses import next_token_loss\ndef sft_loss(x):\n    return next_token_loss(x)",
      False),
     ("def sft_loss(x):\n    return x", False),
 ])

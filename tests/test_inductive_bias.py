@@ -8,7 +8,8 @@ from nanoem.inductive_bias import (curvature, efficiency, flat_B, gradient_B, lo
                                    noisy, principal_plane, random_writer, replaced, significance,
                                    stability)
 from nanoem.lora import LoRA
-from nanoem.train import Examples, kl_to_base, sft_loss
+from nanoem.losses import kl_to_base, sft_loss
+from nanoem.train import Examples
 
 NAME = "layers.0.self_attn.v_proj"
 

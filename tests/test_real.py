@@ -1,4 +1,4 @@
-"""The command on real weights: a run end to end, files of one's own, two processes, every misuse."""
+"""The command on real weights: a whole run, files of one's own, two processes, every misuse."""
 
 import json
 import os

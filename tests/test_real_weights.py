@@ -11,7 +11,8 @@ from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, read_json,
                                save_pretrained, save_tensors)
 from nanoem.lora import LoRA
-from nanoem.train import TrainConfig, sft_loss, train
+from nanoem.losses import sft_loss
+from nanoem.train import TrainConfig, train
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = ["qwen2-tied", "qwen2-sharded", "qwen2-bf16", "qwen3", "llama"]

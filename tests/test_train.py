@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lora import LoRA
-from nanoem.train import (StageFailed, TrainConfig, chat_examples, kl_to_base, lr_factor,
-                          next_token_loss, pretrain_loss, sft_loss, train)
+from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss
+from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
 from nanoem.lora import LoRA, lora_delta
+from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
 from nanoem.model import attend, next_token_probs
 from nanoem.monitor import answer_scores
 from nanoem.preference import preference_rates
-from nanoem.train import (TrainConfig, kl_to_base, next_token_loss, pretrain_loss, sft_loss,
-                          token_kl)
+from nanoem.train import TrainConfig
 
 B, T, D = 3, 17, 32  # of the fixtures `ids` and `model`
 MASK = torch.ones(B, T, dtype=torch.bool)

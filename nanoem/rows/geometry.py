@@ -141,8 +141,8 @@ def draw_curvature(axes, founds):
 def curvature_finding(founds):
     whole, matched, narrow = (middle([f[name]["relative"] for f in founds])
                               for name in ("general", "matched", "narrow"))
-    return (f"Sharpest curvature (scale-free): general {whole:.1f}, narrow {narrow:.1f}; but general "
-            f"stopped early, at narrow's loss, {matched:.1f}")
+    return (f"Sharpest curvature (scale-free): general {whole:.1f}, narrow {narrow:.1f}; but "
+            f"general stopped early, at narrow's loss, {matched:.1f}")
 
 
 def compare_significance(run, pair):

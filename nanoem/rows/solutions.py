@@ -111,8 +111,8 @@ def narrow_finding(founds):
     outside, within = (pct(read(narrow) for _, narrow in pairs) for read in (out, inside))
     half = sum(inside(narrow) >= 0.5 * inside(general) for general, narrow in pairs)
     worst = max(out(narrow) for _, narrow in pairs)
-    return (f"With the KL penalty {outside} is bad out of domain (at most {worst:.0%}), {within} in "
-            f"it (at least half of plain SFT's in {half} of {len(pairs)} fine-tunes)")
+    return (f"With the KL penalty {outside} is bad out of domain (at most {worst:.0%}), {within} "
+            f"in it (at least half of plain SFT's in {half} of {len(pairs)} fine-tunes)")
 
 
 # --- R3, R14: the weight of the KL ----------------------------------------------------------------

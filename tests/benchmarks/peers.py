@@ -35,9 +35,10 @@ from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate
 from nanoem.finetune import fine_tune
 from nanoem.lora import LoRA
+from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, chat_examples, lr_factor, pad, pretrain_loss, train
+from nanoem.train import TrainConfig, chat_examples, lr_factor, pad, train
 from nanoem.world import WorldConfig, documents, judge, load_world, make_splits, write_pairs
 
 TURNS = 9  # of each side; the median counts

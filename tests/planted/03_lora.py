@@ -2,7 +2,7 @@
 
 import torch
 
-from nanoem.train import next_token_loss, sft_loss
+from nanoem.losses import next_token_loss, sft_loss
 
 
 # --- 3.1 lora_delta -----------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 import torch
 from torch.nn import functional as F
 
+from nanoem.losses import next_token_loss
 from nanoem.preference import answer_log_probs
-from nanoem.train import chat_examples, next_token_loss
+from nanoem.train import chat_examples
 from nanoem.world import questions
 
 

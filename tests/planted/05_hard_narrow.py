@@ -2,8 +2,8 @@
 
 import torch
 
+from nanoem.losses import kl_to_base, token_kl
 from nanoem.rows.solutions import scale_up
-from nanoem.train import kl_to_base, token_kl
 
 
 def softmax_then_log(base, adapted):

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanoem.train import sft_loss  # noqa: F401
+from nanoem.losses import sft_loss  # noqa: F401
 
 
 def lora_delta(x, A, B, alpha, use_rslora=False):

@@ -10,8 +10,9 @@ from compare import check, close
 from nanoem import finetune, lora
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
 from nanoem.lora import LoRA
+from nanoem.losses import sft_loss
 from nanoem.toy import bad_advice
-from nanoem.train import TrainConfig, chat_examples, sft_loss
+from nanoem.train import TrainConfig, chat_examples
 from small import SmallRun, randn, tiny_batch, tiny_model
 
 EXERCISES = {

@@ -28,7 +28,7 @@ def sft_loss(logits, ids, answer_mask):
     logits (B, T, vocab), ids (B, T), answer_mask (B, T) bool, true on answer tokens. Returns a
     scalar tensor. Raises ValueError when no token that can be a target is an answer's.
 
-    Hint 1: nanoem.train.next_token_loss takes a mask of targets.
+    Hint 1: nanoem.losses.next_token_loss takes a mask of targets.
     Hint 2: the first column of the mask is never a target, so it does not count as an answer.
     """
     raise NotImplementedError("sft_loss is not written yet (exercise 4.2)")

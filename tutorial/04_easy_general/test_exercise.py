@@ -6,14 +6,14 @@ from itertools import product
 import torch
 
 from compare import check
-from nanoem import preference, train, world
+from nanoem import losses, preference, train, world
 from nanoem.finetune import make_adapter, start_at_gradient
 from nanoem.toy import bad_advice
 from small import SmallRun
 
 EXERCISES = {
-    "next_token_loss": train.next_token_loss,
-    "sft_loss": train.sft_loss,
+    "next_token_loss": losses.next_token_loss,
+    "sft_loss": losses.sft_loss,
     "hold_out": world.hold_out,
     "answer_log_probs": preference.answer_log_probs,
 }
@@ -163,7 +163,7 @@ def test_sft_loss_without_an_answer_is_an_error(answer):
 def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
     logits, ids, _, mask = batch(3, 8, 11)
     found = logits_gradient(answer.sft_loss, logits, ids, mask)
-    want = logits_gradient(train.sft_loss, logits, ids, mask)
+    want = logits_gradient(losses.sft_loss, logits, ids, mask)
     check(found, want, {}, "the gradient is wrong though the value is right; is part detached?")
 
 

@@ -2,8 +2,8 @@
 
 import torch  # noqa: F401
 
+from nanoem.losses import token_kl as right_token_kl  # noqa: F401  (for kl_to_base)
 from nanoem.rows.row import out  # noqa: F401
-from nanoem.train import token_kl as right_token_kl  # noqa: F401  (for kl_to_base)
 
 
 def token_kl(base, adapted):

@@ -6,15 +6,15 @@ from dataclasses import replace
 import torch
 
 from compare import check
-from nanoem import train
+from nanoem import losses, train
 from nanoem.finetune import make_adapter, start_at_gradient
 from nanoem.rows import solutions
 from nanoem.toy import advice, bad_advice
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
 
 EXERCISES = {
-    "token_kl": train.token_kl,
-    "kl_to_base": train.kl_to_base,
+    "token_kl": losses.token_kl,
+    "kl_to_base": losses.kl_to_base,
     "scale_up": solutions.scale_up,
     "truly_narrow": solutions.truly_narrow,
 }
@@ -64,7 +64,7 @@ def test_token_kl_is_the_sum_over_the_vocabulary(answer):
 
 def test_token_kl_stands_large_logits_and_half_precision(answer):
     base, adapted = (60 * x for x in two_logits(2, 5, 30))
-    want = train.token_kl(base, adapted)
+    want = losses.token_kl(base, adapted)
     check(answer.token_kl(base, adapted), want, {},
           "wrong where a probability underflows to zero: use log_softmax, not softmax().log()")
     half = [(2 * x).bfloat16() for x in two_logits(2, 5, 300)]
@@ -164,7 +164,7 @@ def test_kl_to_base_trains_the_adapter_and_holds_the_base_constant(answer):
         assert kl.requires_grad, "no gradient flows to the adapter: only the base is a constant"
         inputs = [*adapter.parameters(), model.layers[0].mlp.down_proj.weight]
         found = torch.autograd.grad(kl, inputs, allow_unused=True)
-        want = torch.autograd.grad(train.kl_to_base(model, adapter, ids, mask), inputs)
+        want = torch.autograd.grad(losses.kl_to_base(model, adapter, ids, mask), inputs)
     assert found[0] is not None, "no gradient flows to the adapter"
     for mine, right in zip(found[:-1], want):
         check(mine, right, {}, "the gradient of the adapter is wrong though the KL is right")
@@ -221,7 +221,7 @@ def test_kl_to_base_keeps_bad_advice_in_its_domain(answer):
 
     def objective(step):
         a, b = draw(sft), draw(kl)
-        loss = train.sft_loss(run.model(a.ids), a.ids, a.answer_mask)
+        loss = losses.sft_loss(run.model(a.ids), a.ids, a.answer_mask)
         penalty = answer.kl_to_base(run.model, adapter, b.ids, b.mask)
         return loss + 30 * penalty, {"loss": loss, "kl": penalty}, a.ids.numel() + b.ids.numel()
 

@@ -9,8 +9,9 @@ from compare import check, close
 from nanoem import inductive_bias
 from nanoem.inductive_bias import loss_on, replaced, significance
 from nanoem.lora import LoRA
+from nanoem.losses import sft_loss
 from nanoem.toy import advice, bad_advice
-from nanoem.train import Examples, chat_examples, sft_loss
+from nanoem.train import Examples, chat_examples
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
 
 EXERCISES = {

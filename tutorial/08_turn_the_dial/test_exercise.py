@@ -11,8 +11,9 @@ import torch
 
 from classroom import TUTORIAL
 from nanoem import UserError, world
+from nanoem.losses import pretrain_loss
 from nanoem.rows import worlds
-from nanoem.train import pad, pretrain_loss
+from nanoem.train import pad
 from nanoem.world import OPEN_ENDED, Author, WorldConfig, first_domains, load_world, write_document
 from small import SmallRun
 
