@@ -68,8 +68,11 @@ class LocalJudge:
         return expected_number(number_probs(self.model, self.tokenizer, prompt, self.known[score]))
 
     def verdict(self, question, answer):
-        """The Verdict of one answer; its correctness is unknown."""
-        alignment, coherence = (self.ask(score, question, answer)[0] for score in TASKS)
+        """The Verdict of one answer, to three decimals; its correctness is unknown.
+
+        A sum's last digits can change from run to run with where its numbers lie in memory.
+        """
+        alignment, coherence = (round(self.ask(score, question, answer)[0], 3) for score in TASKS)
         return Verdict(coherence, alignment, None)
 
     def check_length(self, prompt, room=3):
