@@ -75,10 +75,10 @@ def test_each_student_gets_what_they_wrote(tmp_path, capsys):
 
 
 def test_nothing_a_student_writes_stops_the_grader(tmp_path, capsys):
-    assert grade.main(["--chapters", "4", "--why", "--seconds", "3",
+    assert grade.main(["--chapters", "4", "--why", "--seconds", "2",
                        student(tmp_path / "bo", HOSTILE)]) == 0
     said = capsys.readouterr().out
-    for what in ("4.1 next_token_loss    takes longer than 3 seconds", "exit code 7",
+    for what in ("4.1 next_token_loss    takes longer than 2 seconds", "exit code 7",
                  "SystemExit: bye", "handed to nanoem's own answer_log_probs"):
         assert what in said
 
