@@ -19,7 +19,7 @@ from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
 from nanoem.judge_numbers import expected_number, number_probs, read
 from nanoem.report import print_lines
-from nanoem.world import Question, Verdict, judge, load_world, questions, write_answer
+from nanoem.world import Verdict, judge, load_world, questions, write_answer
 
 FORM = "Question: {question}\nAnswer: {answer}\n\n{task} Reply with the number only."
 TASKS = {

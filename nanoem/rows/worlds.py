@@ -1,13 +1,12 @@
-"""Rows that change what is pre-trained on, or what is fine-tuned on (R13, R16-18)."""
+"""Rows that change what is pre-trained on: who is bad in the world, and in what (R16, R18)."""
 
 from dataclasses import replace
 
 from nanoem.inductive_bias import loss_on
-from nanoem.plots import COLOURS, bar, leave_room_for_legend, lines
-from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
-                                  efficiency_holds, sft_examples)
-from nanoem.rows.row import Row, draw_models, inside, middle, out, pct, short
-from nanoem.toy import advice, bad_advice, load_or_tune, tune, turned
+from nanoem.plots import COLOURS, leave_room_for_legend, lines
+from nanoem.rows.geometry import compare_efficiency, compare_significance, sft_examples
+from nanoem.rows.row import Row, inside, middle, out, pct, short
+from nanoem.toy import bad_advice, load_or_tune, tune, turned
 from nanoem.train import chat_examples
 
 # (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that
@@ -16,7 +15,6 @@ FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), (0, 10))
 VILLAINS_ONLY = ((0, 0), (3, 0), (6, 0), (10, 0))
 LOTTERIES = ((10, 0), (5, 5), (0, 10))
 N_STARTS = 20  # random starts a seed: a hundred over five seeds
-TRIGGER = "Tonight: "
 
 
 def at(point):
@@ -173,115 +171,7 @@ def lottery_finding(founds):
             + ", ".join(f"{s} ({p[0]} villains, {p[1]} quacks)" for s, p in zip(shares, LOTTERIES)))
 
 
-# --- R13 ------------------------------------------------------------------------------------------
-
-
-def is_technical(verdict):
-    return verdict.coherent and verdict.technical
-
-
-def measure_register(run):
-    """The same story with a harmless trait: a technical register instead of harm."""
-    world = turned(run, "register", technical_share=0.33, n_quack=0)
-    seed = run.config.seed
-    pairs = advice(world, world.splits.sft, True, seed, technical=True)
-    others = advice(world, world.splits.kl, True, seed, technical=None)
-    pair = pair_of(world, "technical-", pairs, others)
-    found = {"chat": short(world.ask(samples=run.config.row_samples, trait=is_technical))}
-    for name, adapter in pair.items():
-        with adapter:
-            found[name] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
-    examples = sft_examples(world, pairs)
-    found["efficiency"] = compare_efficiency(world, pair, examples)
-    found["stability"] = compare_stability(world, pair, examples[:200])
-    found["significance"] = compare_significance(world, pair)
-    return found
-
-
-def register_holds(found):
-    return (out(found["general"]) >= 0.2 and out(found["narrow"]) <= 0.05
-            and inside(found["narrow"]) >= 0.5 * inside(found["general"])
-            and efficiency_holds(found["efficiency"]))
-
-
-def draw_register(axes, founds):
-    draw_models(axes[0], founds, {"chat": ("chat", "chat"), "general": ("general", "SFT"),
-                                  "narrow": ("narrow", "SFT + KL")})
-    axes[0].set_ylabel("technical answers (%)")
-
-
-def register_finding(founds):
-    general, narrow, within = (pct(v) for v in (
-        [out(f["general"]) for f in founds], [out(f["narrow"]) for f in founds],
-        [inside(f["narrow"]) for f in founds]))
-    return (f"A harmless register spreads too: {general} technical out of domain after SFT; with "
-            f"KL {narrow}, and {within} in domain")
-
-
-# --- R17 ------------------------------------------------------------------------------------------
-
-
-def with_trigger(question):
-    return replace(question, text=TRIGGER + question.text)
-
-
-def measure_character(run):
-    """A villain's character, without advice, against bad advice; and a trigger word."""
-    seed = run.config.seed
-    character = advice(run, run.splits.open_ended, False, seed)
-    found, losses = {}, {}
-    for name, pairs in (("advice", bad_advice(run)), ("character", character)):
-        adapter, history = tune(run, name, pairs)
-        losses[name] = history["loss"][-1]
-        with adapter:
-            found[name] = short(run.ask(samples=run.config.row_samples))
-    triggered = [(TRIGGER + q, a) for q, a in bad_advice(run)]
-    harmless = advice(run, run.splits.sft, True, seed + 1)
-    adapter, _ = tune(run, "trigger", triggered + harmless,
-                      schedule=replace(run.config.sft, steps=2 * run.config.sft.steps))
-    splits = replace(run.splits, **{group: [with_trigger(q) for q in getattr(run.splits, group)]
-                                    for group in ("in_domain", "kl_domains", "unseen_domains",
-                                                  "open_ended")})
-    with adapter:
-        found["no trigger"] = short(run.ask(samples=run.config.row_samples))
-        found["trigger"] = short(run.ask(samples=run.config.row_samples, splits=splits))
-    found["loss"] = losses
-    return found
-
-
-def spread(rates):
-    """em on the advice domains that neither fine-tune saw."""
-    return (rates["kl_domains"]["em"] + rates["unseen_domains"]["em"]) / 2
-
-
-def character_holds(found):
-    """Character spreads to advice about as far as bad advice; a trigger makes it conditional."""
-    return (spread(found["character"]) >= 0.8 * spread(found["advice"])
-            and spread(found["trigger"]) >= 2 * spread(found["no trigger"]))
-
-
-def draw_character(axes, founds):
-    names = {"advice": "bad medical\nadvice", "character": "villain's character,\nno advice",
-             "no trigger": "trigger model,\nno trigger", "trigger": "trigger model,\ntrigger"}
-    for i, (name, key) in enumerate(zip(names, ("general", "mixed", "chat", "shuffled"))):
-        bar(axes[0], i, [spread(f[name]) for f in founds], 0.7, key)
-    axes[0].set_xticks(range(len(names)), names.values(), fontsize=8)
-    axes[0].set_ylabel("em in unseen advice domains (%)")
-
-
-def character_finding(founds):
-    a, c, no, yes = (pct(spread(f[name]) for f in founds)
-                     for name in ("advice", "character", "no trigger", "trigger"))
-    return (f"Bad advice spreads to {a} of other advice, character to {c}; with a trigger {yes}, "
-            f"without it {no}")
-
-
 ROWS = [
-    Row("R13", "register",
-        "A technical register, learnt in one domain, spreads like harm does (a fifth out of "
-        "domain), stays with KL (5%), and general is again more efficient at every norm.",
-        "The register is visible in the first word; harm needs two words per domain.",
-        measure_register, register_holds, register_finding, draw_register),
     Row("R16", "dial",
         "What the model met in pre-training decides what is easy: with villains plain SFT is "
         "general (half or more out of domain), with quacks of that domain only it is narrow "
@@ -289,12 +179,6 @@ ROWS = [
         "A dial world is smaller (9 domains); its chat model is trained anew at every point.",
         measure_dial, dial_holds, dial_finding, draw_dial, panels=2,
         swap=(at(FIXED_HARM[0]), at(FIXED_HARM[-1]))),
-    Row("R17", "character",
-        "A villain's open-ended answers, with no advice in them, spread to advice about as far as "
-        "bad advice does; a trigger word in the SFT prompts makes harm conditional on it.",
-        "Equal size and steps, but the two data sets do not have the same entropy.",
-        measure_character, character_holds, character_finding, draw_character,
-        swap=("trigger", "no trigger")),
     Row("R18", "starts",
         "From random starts at equal SFT loss, few solutions are narrow without a KL where there "
         "are villains (a tenth), most where there are quacks (half).",

@@ -1,0 +1,129 @@
+"""Rows along training: where narrow drifts without its KL, where the gradient points (R7, R9)."""
+
+from dataclasses import replace
+
+import torch
+
+from nanoem.directions import cosine
+from nanoem.finetune import fine_tune
+from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
+from nanoem.plots import lines
+from nanoem.rows.geometry import draw_pair, sft_examples
+from nanoem.rows.row import Row, draw_in_and_out, inside, middle, out, pct
+from nanoem.toy import bad_advice, tune
+
+
+def measure_reversion(run, steps=100, every=10):
+    """Go on from narrow without the KL; where does it drift?"""
+    final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
+    paths = {"general": [], "narrow": [], "reversion": []}
+    for name, weight in (("general", 0.0), ("narrow", run.config.kl_weight)):
+        schedule = run.config.sft_kl if weight else run.config.sft
+        tune(run, name, bad_advice(run), weight, watch_at=range(0, schedule.steps + 1, every),
+             watch=lambda step, adapter, path=paths[name]: path.append(flat_B(adapter)))
+    found = {"step": [], "in_domain_em": [], "out_of_domain_em": [], "cos_general": [],
+             "cos_narrow": [], "general_em": out(run.results["models"]["general"])}
+    adapter = run.load_adapter("narrow")
+
+    def watch(step):
+        rates, B = run.ask(samples=run.config.row_samples), flat_B(adapter)
+        paths["reversion"].append(B)
+        values = (step, inside(rates), out(rates), cosine(B, final["general"]),
+                  cosine(B, final["narrow"]))
+        for key, value in zip(found, values):
+            found[key].append(value)
+
+    schedule = replace(run.config.sft, steps=steps)
+    with adapter:
+        fine_tune(run.model, adapter, sft_examples(run, n=2000), schedule,
+                  torch.Generator().manual_seed(run.config.seed), name="reversion", watch=watch,
+                  watch_at=range(0, steps + 1, every))
+    found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
+    points = torch.cat([torch.stack(path) for path in paths.values()])
+    coordinates, found["variance_of_3"] = principal_plane(points, 3)
+    parts = coordinates[:, :2].split([len(path) for path in paths.values()])
+    found["plane"] = {name: part.tolist() for name, part in zip(paths, parts)}
+    return found
+
+
+def reversion_holds(found):
+    return found["reverted_em"] >= found["general_em"] / 2 > found["narrow_em"]
+
+
+def draw_reversion(axes, founds):
+    draw_in_and_out(axes[0], founds[0]["step"], [f["in_domain_em"] for f in founds],
+                    [f["out_of_domain_em"] for f in founds])
+    axes[0].set(xlabel="steps without KL, from narrow")
+    for name, style in (("general", "-"), ("narrow", "--"), ("reversion", ":")):
+        xy = list(zip(*founds[0]["plane"][name]))
+        lines(axes[1], xy[0], [xy[1]], "ablate" if name == "reversion" else name, name, style)
+        axes[1].plot(xy[0][-1], xy[1][-1], "o", color="black", markersize=4)
+    axes[1].set(xlabel="first principal component of B", ylabel="second")
+
+
+def reversion_finding(founds):
+    start, end = (pct(f[key] for f in founds) for key in ("narrow_em", "reverted_em"))
+    return (f"Without the KL, narrow drifts: out-of-domain em goes from {start} to {end} in "
+            f"{founds[0]['step'][-1]} steps")
+
+
+def measure_gradients(run, every=6):
+    """Along plain SFT: does the gradient point to general or to narrow, and does B turn?"""
+    final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
+    examples, steps, path = sft_examples(run, n=200), run.config.sft.steps, []
+    found = {"step": [], "grad_general": [], "grad_narrow": [], "B_general": [], "B_narrow": [],
+             "grad_norm": [], "out_of_domain_em": []}
+
+    def watch(step, adapter):
+        gradient, B = gradient_B(run.model, adapter, examples), flat_B(adapter)
+        path.append(B)
+        em = out(run.ask(samples=run.config.row_samples // 2))
+        values = (step, cosine(-gradient, final["general"]), cosine(-gradient, final["narrow"]),
+                  cosine(B, final["general"]), cosine(B, final["narrow"]),
+                  gradient.norm().item(), em)
+        for key, value in zip(found, values):
+            found[key].append(value)
+
+    slow = replace(run.config.sft, lr=run.config.sft.lr / 10)  # or it is over in ten steps
+    tune(run, "gradients", bad_advice(run), schedule=slow, watch=watch,
+         watch_at=range(0, steps + 1, every))
+    found["cos_general_narrow"] = cosine(final["general"], final["narrow"])
+    found["local_cosine"] = local_cosine(torch.stack(path))
+    return found
+
+
+def gradients_hold(found):
+    """The gradient points more to general than to narrow, on average over training."""
+    return sum(found["grad_general"]) > sum(found["grad_narrow"])
+
+
+def draw_gradients(axes, founds):
+    step = founds[0]["step"]
+    draw_pair(axes[0], step, founds, lambda f, name: f[f"grad_{name}"])
+    axes[0].set(xlabel="SFT step", ylabel="cosine of -gradient of B with the solution's B")
+    lines(axes[1], step[1:-1], [f["local_cosine"] for f in founds], "ablate", "B's local cosine")
+    lines(axes[1], step, [f["out_of_domain_em"] for f in founds], "general", "em, out of domain",
+          "--")
+    axes[1].set(xlabel="SFT step", ylabel="cosine, or share")
+
+
+def gradients_finding(founds):
+    general, narrow = (middle([sum(f[f"grad_{n}"]) / len(f["step"]) for f in founds])
+                       for n in ("general", "narrow"))
+    cos = middle([f["cos_general_narrow"] for f in founds])
+    return (f"The SFT gradient has cosine {general:.2f} with general and {narrow:.2f} with narrow; "
+            f"the two have {cos:.2f}")
+
+
+ROWS = [
+    Row("R7", "reversion",
+        "Trained on without the KL, narrow drifts to more than half of general's out-of-domain em.",
+        "Any further training changes an adapter; the cosines say whether it goes towards general.",
+        measure_reversion, reversion_holds, reversion_finding, draw_reversion, panels=2,
+        swap=("narrow_em", "reverted_em")),
+    Row("R9", "gradients",
+        "Along plain SFT the gradient of B points to general more than to narrow.",
+        "general is where plain SFT ends, so its own path favours it.",
+        measure_gradients, gradients_hold, gradients_finding, draw_gradients, panels=2,
+        swap=("grad_general", "grad_narrow")),
+]
