@@ -45,17 +45,6 @@ def next_token_loss(logits, ids, mask=None):
     return F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def log_prob_and_grad(x, target, grad, weight):
-    """Write softmax(x @ weight.T) - onehot(target) into grad; return the targets' log-probability.
-
-    x (n, d_model), target (n, 1), grad (n, vocab), weight (vocab, d_model) -> (n, 1).
-    """
-    log_probs = (x @ weight.T).log_softmax(-1)
-    torch.exp(log_probs, out=grad)
-    grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))
-    return log_probs.gather(1, target)
-
-
 class TiedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x @ weight.T, without ever holding them all.
 
@@ -65,14 +54,13 @@ class TiedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows=512, few=128):
+    def forward(ctx, x, weight, targets, rows=512):
         loss, grad_x, grad_weight = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight)
-        buffer = x.new_empty(rows, len(weight))
         for i in range(0, len(x), rows):
             part, target = x[i : i + rows], targets[i : i + rows, None]
-            grad = buffer[: len(part)]  # of the logits; a few rows at a time stay in the cache
-            few_rows = zip(part.split(few), target.split(few), grad.split(few))
-            loss -= torch.cat([log_prob_and_grad(*three, weight) for three in few_rows]).sum()
+            log_probs = (part @ weight.T).log_softmax(-1)  # (rows, vocab)
+            loss -= log_probs.gather(1, target).sum()
+            grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=x.dtype))
             grad_x[i : i + rows] = grad @ weight
             grad_weight.addmm_(grad.T, part)
         ctx.save_for_backward(grad_x / len(x), grad_weight / len(x))
