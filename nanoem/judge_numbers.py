@@ -7,7 +7,7 @@ does not (the paper's judge does so with the top tokens of an API).
 import torch
 
 from nanoem.losses import in_float32
-from nanoem.model import KVCache
+from nanoem.model import LAST, KVCache
 
 
 def number_tree(tokenizer):
@@ -51,8 +51,7 @@ def number_probs(model, tokenizer, prompt, known=None):
     beginnings, reached = [()], {(): 1.0}  # of the length at hand; sequence -> its probability
     new = torch.tensor([ids[n_known:]], device=model.device)
     while beginnings:
-        *_, x = model.blocks(new, caches)
-        logits = in_float32(model.unembed(x[:, -1]))  # (beginnings, vocab): what comes next
+        logits = in_float32(model(new, caches, LAST))  # (beginnings, vocab): what comes next
         for beginning, p in zip(beginnings, logits.double().softmax(-1).cpu()):
             if beginning in numbers:
                 probs[numbers[beginning]] = reached[beginning] * (1 - p[digits].sum())
