@@ -186,7 +186,7 @@ def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_figure_that_is_shown_is_drawn_from_the_stored_results(name, tmp_path):
-    """Pixel by pixel, to 1e-5 on average; with another matplotlib's margins, to a twentieth."""
+    """Pixel by pixel, to 1e-5 on average; with another matplotlib's margins, to 0.07."""
     rows = {row.name: row for row in ROWS.values()}
     path = (plots.draw_row(rows[name], RESULTS, tmp_path) if name in rows else
             plots.save(getattr(plots, name)(RESULTS), tmp_path / f"{name}.png"))
@@ -194,5 +194,5 @@ def test_a_figure_that_is_shown_is_drawn_from_the_stored_results(name, tmp_path)
     same = f"version{matplotlib.__version__}".encode() in stored.read_bytes()
     mine, theirs = imread(path), imread(stored)
     assert mine.shape == theirs.shape
-    assert np.abs(mine - theirs).mean() < (1e-5 if same else 0.05), (
+    assert np.abs(mine - theirs).mean() < (1e-5 if same else 0.07), (
         "python tutorial/reprint.py --report draws it anew")
