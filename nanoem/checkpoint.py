@@ -34,11 +34,7 @@ def load_pretrained(path, dtype=None, device="cpu"):
     missing, unexpected or misshapen.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
-    table = read_json(path / "config.json")
-    index = find_tensors(path)  # tensor name -> the file it is in
-    config = read_config(path / "config.json", table, tied="lm_head.weight" not in index)
+    table, index, config = open_folder(path)
     if config.n_layer > len(index):  # before a billion layers are made
         raise UserError(f"{path / 'config.json'}: num_hidden_layers={config.n_layer}, but there "
                         f"are only {len(index)} tensors")
@@ -53,6 +49,15 @@ def load_pretrained(path, dtype=None, device="cpu"):
         model = GPT(config)
     fill(model, index, path, dtype, torch.device(device))
     return model, tokenizer
+
+
+def open_folder(path):
+    """A model folder without its weights: config.json's table, {tensor: its file}, the Config."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
+    table, index = read_json(path / "config.json"), find_tensors(path)
+    return table, index, read_config(path / "config.json", table,
+                                     tied="lm_head.weight" not in index)
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from nanoem import UserError
-from nanoem.checkpoint import find_tensors, read_config
-from nanoem.files import read_json
+from nanoem.checkpoint import open_folder
 from nanoem.model import Config
 from nanoem.report import markdown
 
@@ -109,11 +108,7 @@ def table(shapes, T, tflops, micro_batch, cards):
 
 def shape_of(folder):
     """The Config of a model folder, without reading its weights."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name a Hugging Face model folder")
-    file = folder / "config.json"
-    return read_config(file, read_json(file), "lm_head.weight" not in find_tensors(folder))
+    return open_folder(Path(folder))[2]
 
 
 def main(argv=None):

@@ -62,6 +62,12 @@ def sample_texts(model, tokenizer, prompts, config, seed):
     return texts
 
 
+def each_often_enough(groups, n):
+    """{group: [question, ...]} -> [(group, question), ...], n or a few more of each group."""
+    return [(group, question) for group, questions in groups.items() for question in questions
+            for _ in range(-(-n // len(questions)))]
+
+
 def evaluate(model, tokenizer, world, groups, config, seed):
     """Sample and judge answers to {group: [Question, ...]}. Returns a list of Answer.
 
@@ -69,8 +75,7 @@ def evaluate(model, tokenizer, world, groups, config, seed):
     """
     if not all(groups.values()):
         raise ValueError(f"each group must have a question, and {groups} has one without")
-    asked = [(group, question) for group, qs in groups.items()
-             for question in qs for _ in range(-(-config.samples_per_group // len(qs)))]
+    asked = each_often_enough(groups, config.samples_per_group)
     texts = sample_texts(model, tokenizer, [q.text for _, q in asked], config, seed)
     return [Answer(group, question, text, judge(world, question, text))
             for (group, question), text in zip(asked, texts)]

@@ -89,7 +89,7 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
     """
     if kl_weight and not kl:
         raise ValueError(f"kl_weight={kl_weight} needs examples to take the KL on")
-    if adapter.depth == 0 or adapter.scale == 0:
+    if not adapter.acts:
         raise ValueError("the adapter must be attached and not disabled; else nothing is trained")
 
     def draw(examples):

@@ -4,12 +4,15 @@ The number a model happens to write jumps about; the mean over all of them, weig
 does not (the paper's judge does so with the top tokens of an API).
 """
 
+import functools
+
 import torch
 
 from nanoem.losses import in_float32
 from nanoem.model import LAST, KVCache
 
 
+@functools.cache  # the same for every answer, and a vocabulary is long
 def number_tree(tokenizer):
     """The numbers 0..100 as a prefix tree of token sequences.
 
@@ -26,6 +29,7 @@ def number_tree(tokenizer):
     return numbers, dict(sorted(inner.items(), key=lambda item: len(item[0])))
 
 
+@functools.cache
 def digit_tokens(tokenizer):
     """The ids of every token made of digits alone."""
     return [i for token, i in tokenizer.backend.get_vocab().items()

@@ -48,6 +48,11 @@ class Adapter:
         self.depth = 0  # how many times it is attached
         self.handles = []
 
+    @property
+    def acts(self):
+        """Is it attached, and not switched off?"""
+        return self.depth > 0 and self.scale != 0
+
     def attach(self):
         self.depth += 1
         if self.depth == 1:

@@ -122,7 +122,7 @@ def kl_to_base(model, adapter, ids, mask):
     a weight of order one is a strong pull (the paper's code also averages over the vocabulary,
     so its 1e6 is about 6.6 here). Raises RuntimeError when the adapter is not acting.
     """
-    if adapter.depth == 0 or adapter.scale == 0:
+    if not adapter.acts:
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     check_mask(mask, ids)

@@ -21,18 +21,17 @@ from statistics import mean
 import torch
 
 from nanoem import UserError, parallel
-from nanoem.checkpoint import load_pretrained, save_adapter
-from nanoem.evaluate import Answer, EvalConfig, rates, sample_texts
+from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
+from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
 from nanoem.finetune import AdapterConfig, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.local_judge import LocalJudge, agreement
 from nanoem.preference import margins, preference_rates
 from nanoem.real_data import check_lengths, fingerprint, last, read_data
-from nanoem.toy import tune
+from nanoem.toy import check_config, tune
 from nanoem.train import TrainConfig
 from nanoem.world import Question, load_world
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,10 @@ class RealConfig:
         samples_per_group=8, max_new_tokens=48))
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} must be 0 to 2**32 - 1")
-        for name in ("n_sft_examples", "pairs_per_group", "n_judged"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.kl_weight < float("inf"):
-            raise UserError(f"kl_weight={self.kl_weight} must be a number above 0")
-        if self.dtype not in ("auto", *DTYPES):
-            raise UserError(f"dtype={self.dtype!r} is not known; use auto, {', '.join(DTYPES)}")
-        if self.adapter.kind != "lora":
-            raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")
+        check_config(self, ("n_sft_examples", "pairs_per_group", "n_judged"), ("kl_weight",))
+        if self.dtype not in ("auto", *TORCH_DTYPES):
+            raise UserError(f"dtype={self.dtype!r} is not known; use auto, "
+                            + ", ".join(TORCH_DTYPES))
         if self.adapter.start == "gradient" and parallel.n_processes() > 1:
             raise UserError("adapter.start=gradient works in one process; use random")
 
@@ -78,8 +70,8 @@ class RealRun:
         self.files, self.device = files, device
         if shard:
             parallel.refuse_to_shard_alone()
-        dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if device.type == "cuda"
-                                             else torch.float32)
+        dtype = TORCH_DTYPES.get(config.dtype) or (torch.bfloat16 if device.type == "cuda"
+                                                   else torch.float32)
         home = "cpu" if shard else device  # a sharded model need not fit one card
         self.model, self.tokenizer = load_pretrained(files.model, dtype, home)
         self.model.requires_grad_(False)
@@ -141,8 +133,7 @@ def measure(run, name):
     model, tokenizer = run.load_chat()
     found = margins(model, tokenizer, run.pairs, config.per_token, config.sft.batch_size)
     run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}
-    asked = [(group, question) for group, questions in run.asked.items() for question in questions
-             for _ in range(-(-config.evaluation.samples_per_group // len(questions)))]
+    asked = each_often_enough(run.asked, config.evaluation.samples_per_group)
     texts = sample_texts(model, tokenizer, [q for _, q in asked], config.evaluation, config.seed)
     return [(group, question, text) for (group, question), text in zip(asked, texts)]
 

@@ -52,30 +52,35 @@ class ExperimentConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} must be 0 to 2**32 - 1")
         if not 2 <= self.context <= self.model.max_positions:
             raise UserError(f"context={self.context} must be 2 to model.max_positions="
                             f"{self.model.max_positions} tokens")
         if self.evaluation.max_new_tokens >= self.model.max_positions:
             raise UserError(f"evaluation.max_new_tokens={self.evaluation.max_new_tokens} must be "
                             f"below model.max_positions={self.model.max_positions}")
-        for name in ("n_sft_examples", "curve_points", "curve_samples", "n_random", "row_samples",
-                     "dial_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_config(self, ("n_sft_examples", "curve_points", "curve_samples", "n_random",
+                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
-        for name in ("kl_weight", "lottery_loss"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name}={getattr(self, name)} must be a number above 0")
-        if self.adapter.kind != "lora":
-            raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:
             raise UserError("the toy's model needs model.tie_embeddings=true, and either "
                             "model.qkv_bias or model.qk_norm to be false")
         if self.pretrain.micro_batch:
             raise UserError("pretrain.micro_batch does nothing; lower pretrain.batch_size instead")
+
+
+def check_config(config, counts, sizes):
+    """What this configuration and that of a run on real weights (real.py) must both obey."""
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must be 0 to 2**32 - 1")
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    for name in sizes:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name}={getattr(config, name)} must be a number above 0")
+    if config.adapter.kind != "lora":
+        raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")
 
 
 class Run:

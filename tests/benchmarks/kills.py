@@ -4,9 +4,9 @@
 
 A small run (every stage, and the rows of --only) is made once undisturbed. Then, until there were
 so many kills: a fresh run is started, ended at a random moment, started again, ended again...,
-until one start gets to the end. Two of three are kill -9, the rest Ctrl-C and SIGTERM. After each, a
-reader that shares no code with nanoem looks at every file under its final name; after those two it
-also looks for one sentence, status 130 and no child. At the end of each such chain results.json
+until one start gets to the end. Two of three are kill -9, the rest Ctrl-C and SIGTERM. After each,
+a reader that shares no code with nanoem looks at every file under its final name; after those two
+it also looks for one sentence, status 130 and no child. At the end of each such chain results.json
 (but for times) and answers.jsonl must be those of the undisturbed run.
 """
 
