@@ -22,13 +22,14 @@ class EvalConfig:
 
     samples_per_group: int = 400  # answers in each question group, spread over its questions
     max_new_tokens: int = 24  # the longest answer
+    batch_size: int = 400  # answers sampled at once
     temperature: float = 1.0  # of sampling; 0 takes the likeliest token
     top_p: float = 1.0  # sample from the likeliest tokens that hold this share of the probability
 
     def __post_init__(self):
-        if self.samples_per_group < 1 or self.max_new_tokens < 1:
-            raise UserError(f"samples_per_group={self.samples_per_group} and max_new_tokens="
-                            f"{self.max_new_tokens} must be at least 1")
+        for name in ("samples_per_group", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise UserError(f"temperature={self.temperature} must be at least 0, and top_p="
                             f"{self.top_p} more than 0 and at most 1")
@@ -47,18 +48,22 @@ class Answer:
 def sample_texts(model, tokenizer, prompts, config, seed):
     """Answer each prompt (a user's text or messages) once; returns texts in the prompts' order.
 
-    Prompts of one length make one batch, so no padding enters the attention.
+    Prompts of like length make a batch, padded on the left.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     encoded = tokenizer.encode_batch([tokenizer.prompt(prompt) for prompt in prompts])
     texts = [None] * len(prompts)
-    for length in sorted({len(ids) for ids in encoded}):
-        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        batch = torch.tensor([encoded[i] for i in rows], device=model.device)  # (B, T)
-        new = model.generate(batch, config.max_new_tokens, config.temperature, config.top_p,
-                             tokenizer.stop_ids, generator)[:, length:]
-        for i, ids in zip(rows, new.tolist()):
-            texts[i] = tokenizer.decode(ids)  # the stop id is a special token and is left out
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    for first in range(0, len(order), config.batch_size):
+        rows = order[first : first + config.batch_size]
+        T = len(encoded[rows[-1]])  # the longest
+        n_pad = torch.tensor([T - len(encoded[i]) for i in rows], device=model.device)  # (B)
+        ids = torch.tensor([[tokenizer.pad_id] * (T - len(encoded[i])) + encoded[i] for i in rows],
+                           device=model.device)  # (B, T)
+        new = model.generate(ids, config.max_new_tokens, config.temperature, config.top_p,
+                             tokenizer.stop_ids, generator, n_pad=n_pad)[:, T:]
+        for i, answer in zip(rows, new.tolist()):
+            texts[i] = tokenizer.decode(answer)  # the stop id is a special token and is left out
     return texts
 
 

@@ -94,22 +94,34 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(q, k, v):
+def attend(q, k, v, mask=None):
     """Causal grouped-query attention: for each query, a mean of the values it may see.
 
     q (B, n_head, T, head_dim), k and v (B, n_kv, S, head_dim) -> (B, n_head, T, head_dim). Query
     head h reads key and value head h // (n_head / n_kv). The weights are the softmax of
     q . k / sqrt(head_dim) over the keys a query may see: with T = S, token t sees tokens 0 to t;
     with T = 1, the one new token sees all S (the others are in a cache); in between, the T new
-    tokens see what is in the cache and those of themselves that came before.
+    tokens see what is in the cache and those of themselves that came before. A `mask`, true where
+    a query sees a key, (B, 1, T, S), takes the place of all that (see `sees`).
     """
     T, S = q.size(2), k.size(2)
     if T > S:
         raise ValueError(f"q has {T} tokens and k {S}; k must have q's, and may have more before")
-    mask = None
-    if 1 < T < S:
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=True)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
+def sees(n_pad, T, S):
+    """Which keys a query sees when row b begins with n_pad[b] tokens of padding: (B, 1, T, S) bool.
+
+    Those up to itself that are no padding; padding sees itself, so that its softmax has a sum.
+    Rotary angles count only by their differences, so padding on the left moves no text.
+    """
+    query = torch.arange(S - T, S, device=n_pad.device)[:, None]  # (T, 1)
+    key = torch.arange(S, device=n_pad.device)  # (S)
+    return ((key <= query) & (key >= n_pad[:, None, None, None])) | (key == query)
 
 
 class Attention(nn.Module):
@@ -129,7 +141,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, mask=None):
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, n_head, T, head_dim)
@@ -138,7 +150,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
-        y = attend(q, k, v)  # (B, n_head, T, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -166,8 +178,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), cos, sin, cache))
+    def forward(self, x, cos, sin, cache=None, mask=None):
+        x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -186,6 +198,10 @@ class KVCache:
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def keep(self, rows):
+        """Forget every row of the batch but these."""
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 LAST = (slice(None), -1)  # an index into (B, T): every row's last token
@@ -222,8 +238,11 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def blocks(self, ids, caches=None):
-        """Yield the residual stream after each block, (B, T, d_model)."""
+    def blocks(self, ids, caches=None, n_pad=None):
+        """Yield the residual stream after each block, (B, T, d_model).
+
+        n_pad (B) int64: how many tokens of padding each row of the whole text begins with.
+        """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be (B, T) int64, and are {tuple(ids.shape)} {ids.dtype}")
         start = caches[0].length if caches else 0
@@ -232,6 +251,7 @@ class GPT(nn.Module):
             raise UserError(f"{end} tokens do not fit the model's max_positions={len(self.cos)}; "
                             "shorten the text, or lower max_new_tokens")
         cos, sin = self.cos[start:end], self.sin[start:end]
+        mask = None if n_pad is None else sees(n_pad, ids.size(1), end)  # (B, 1, T, end)
         try:
             x = self.embed_tokens(ids)  # (B, T, d_model)
         except IndexError:
@@ -239,9 +259,9 @@ class GPT(nn.Module):
                              f"{ids.min()} to {ids.max()}") from None
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and x.requires_grad:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, caches[i] if caches else None)
+                x = layer(x, cos, sin, caches[i] if caches else None, mask)
             yield x
 
     def unembed(self, x):
@@ -249,13 +269,13 @@ class GPT(nn.Module):
         head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
         return F.linear(self.norm(x), head.weight)
 
-    def forward(self, ids, caches=None, at=None):
+    def forward(self, ids, caches=None, at=None, n_pad=None):
         """ids (B, T) int64 -> logits (B, T, vocab).
 
         With `at`, an index into (B, T) such as a mask, only the logits of those tokens: few losses
         and no sampler need every token's prediction, and a vocabulary is wide.
         """
-        for x in self.blocks(ids, caches):
+        for x in self.blocks(ids, caches, n_pad):
             pass
         return self.unembed(x if at is None else x[at])
 
@@ -265,28 +285,32 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
-                 generator=None, use_cache=True):
-        """Continue prompts of one length: ids (B, T) -> (B, T + new), on the model's device.
+                 generator=None, use_cache=True, n_pad=None):
+        """Continue prompts: ids (B, T) -> (B, T + new), on the model's device.
 
+        Prompts of several lengths are padded on the left; n_pad (B) int64 says how much each is.
         Sampling is by `generator` (torch's global one if None); temperature 0 is greedy. After a
         row's first stop id the row is filled with that id; generation ends early when all have
         stopped. The same seed gives the same text with and without the cache.
         """
-        caches = None
-        if use_cache:
-            n_tokens = ids.size(1) + max_new_tokens
-            caches = [KVCache(n_tokens) for _ in self.layers]
+        B, T = ids.shape
+        text = torch.cat((ids, ids.new_empty(B, max_new_tokens)), dim=1)
+        caches = [KVCache(T + max_new_tokens) for _ in self.layers] if use_cache else None
         stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
-        stopped = torch.zeros_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
-        new = ids
-        for _ in range(max_new_tokens):
-            logits = self(new if use_cache else ids, caches, LAST)  # (B, vocab)
-            new = torch.where(stopped, new[:, -1:], sample(logits, temperature, top_p, generator))
-            ids = torch.cat((ids, new), dim=1)
-            stopped = torch.isin(new, stops)
-            if stopped.all():
-                break
-        return ids
+        rows, start = torch.arange(B, device=ids.device), 0  # the rows of text that go on
+        for end in range(T, T + max_new_tokens):
+            logits = self(text[rows, start:end], caches, LAST, n_pad)  # (rows, vocab)
+            new = sample(logits, temperature, top_p, generator)  # (rows, 1)
+            text[rows, end:] = new
+            going = ~torch.isin(new[:, 0], stops)
+            if not going.any():
+                return text[:, : end + 1]
+            if not going.all():
+                rows, n_pad = rows[going], None if n_pad is None else n_pad[going]
+                for cache in caches or ():
+                    cache.keep(going)
+            start = end if use_cache else 0
+        return text
 
 
 def next_token_probs(logits, temperature=1.0, top_p=1.0):
@@ -311,4 +335,7 @@ def sample(logits, temperature, top_p, generator):
     """Draw one token a row from logits (B, vocab) -> (B, 1); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    return torch.multinomial(next_token_probs(logits, temperature, top_p), 1, generator=generator)
+    below = next_token_probs(logits, temperature, top_p).cumsum(-1)  # (B, vocab)
+    # One random number a row; torch.multinomial would draw one a word, in half of all asking's time.
+    drawn = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    return torch.searchsorted(below, drawn, right=True).clamp(max=below.size(-1) - 1)
