@@ -114,6 +114,29 @@ def token_kl(base, adapted):
     return F.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
 
 
+class MeanKL(torch.autograd.Function):
+    """`token_kl(base, adapted).mean()` of logits (N, vocab); only `adapted` gets a gradient.
+
+    A few tokens at a time, so that of all the tensors this wide that autograd would keep only one
+    is ever whole: the gradient, softmax(adapted) - softmax(base).
+    """
+
+    @staticmethod
+    def forward(ctx, base, adapted, rows=128):
+        total, grad = 0.0, torch.empty_like(adapted)
+        for i in range(0, len(base), rows):
+            p, q = (in_float32(logits[i : i + rows]).log_softmax(-1) for logits in (base, adapted))
+            gap, p = p - q, p.exp_()
+            total += gap.mul_(p).sum()
+            grad[i : i + rows] = q.exp_().sub_(p).div_(len(base))
+        ctx.save_for_backward(grad)
+        return total / len(base)
+
+    @staticmethod
+    def backward(ctx, grad_mean):
+        return None, grad_mean * ctx.saved_tensors[0], None
+
+
 def kl_to_base(model, adapter, ids, mask):
     """KL(base || adapted): summed over the vocabulary, mean over the tokens where mask is true.
 
@@ -128,4 +151,4 @@ def kl_to_base(model, adapter, ids, mask):
     check_mask(mask, ids)
     with torch.no_grad(), adapter.disabled():
         base = model(ids, at=mask)  # (tokens, vocab)
-    return token_kl(base, model(ids, at=mask)).mean()
+    return MeanKL.apply(base, model(ids, at=mask))

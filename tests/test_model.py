@@ -110,19 +110,77 @@ def test_a_prompt_that_ends_in_a_stop_id_is_still_answered(model, ids):
     assert torch.equal(out[0, ids.size(1)], model(ids)[0, -1].argmax())
 
 
+CHANCE = torch.linspace(0, 1, 4001)[:4000, None]  # evenly over [0, 1)
+
+
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, 1.0, 0.75, generator).flatten().tolist()) == {0, 1}
-    assert set(sample(logits, 1.0, 0.4, generator).flatten().tolist()) == {0}
-    counts = sample(logits, 1.0, 1.0, generator).flatten().bincount() / 4000
-    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    assert set(sample(logits, 1.0, 0.75, CHANCE).flatten().tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, 0.4, CHANCE).flatten().tolist()) == {0}
+    counts = sample(logits, 1.0, 1.0, CHANCE).flatten().bincount() / 4000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.001)
 
 
 def test_temperature_sharpens():
     logits = torch.tensor([[2.0, 1.0]]).repeat(4000, 1)
-    cold = sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0)).float().mean().item()
-    assert abs(cold - F.softmax(torch.tensor([4.0, 2.0]), 0)[1].item()) < 0.03
+    cold = sample(logits, 0.5, 1.0, CHANCE).float().mean().item()
+    assert abs(cold - F.softmax(torch.tensor([4.0, 2.0]), 0)[1].item()) < 0.001
+
+
+def test_an_impossible_token_is_never_drawn():
+    logits = torch.full((4000, 5), float("-inf"))
+    logits[:, [1, 3]] = 0.0
+    drawn = sample(logits, 1.0, 1.0, CHANCE)
+    assert drawn.shape == (4000, 1) and set(drawn.flatten().tolist()) == {1, 3}
+
+
+PADDING = (0, 3, 6)  # tokens of it before each row of ids
+
+
+def padded(ids):
+    """Rows of several lengths as one batch, and each by itself."""
+    batch = ids.clone()
+    for row, n in enumerate(PADDING):
+        batch[row, :n] = 1
+    return batch, torch.tensor(PADDING), [ids[row : row + 1, n:] for row, n in enumerate(PADDING)]
+
+
+def test_padding_on_the_left_changes_no_prediction(model, ids):
+    batch, n_pad, rows = padded(ids)
+    logits = model(batch, n_pad=n_pad)
+    assert logits.isfinite().all()  # of padding, too: a NaN there would reach its neighbours
+    for row, (n, alone) in enumerate(zip(PADDING, rows)):
+        torch.testing.assert_close(logits[row : row + 1, n:], model(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_several_lengths_are_continued_like_each_alone(model, ids, use_cache):
+    batch, n_pad, rows = padded(ids)
+    stops = tuple(range(5))
+    many = model.generate(batch, 10, 0, stop_ids=stops, use_cache=use_cache, n_pad=n_pad)
+    for row, n, alone in zip(many, PADDING, rows):
+        one = model.generate(alone, 10, 0, stop_ids=stops)[0, alone.size(1) :]
+        said = row[ids.size(1) :]
+        assert torch.equal(said[: len(one)], one) and (said[len(one) :] == one[-1]).all()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_that_has_stopped_costs_nothing_and_changes_no_other(model, ids, use_cache):
+    def run(stop_ids):
+        read = []
+        handle = model.embed_tokens.register_forward_hook(lambda _, x, y: read.append(len(x[0])))
+        out = model.generate(ids, 8, stop_ids=stop_ids, use_cache=use_cache,
+                             generator=torch.Generator().manual_seed(0))
+        handle.remove()
+        return out[:, ids.size(1) :], read
+
+    free, _ = run(())
+    stop = free[1, 2].item()
+    stopped, read = run((stop,))
+    ends = [row.index(stop) + 1 if stop in row else 8 for row in free.tolist()]
+    assert read == [sum(end > step for end in ends) for step in range(8)]
+    for row, end in enumerate(ends):
+        assert torch.equal(stopped[row, :end], free[row, :end])
 
 
 def test_too_long_a_text_and_impossible_shapes_are_refused(model):

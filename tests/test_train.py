@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lora import LoRA
-from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss
+from nanoem.losses import MeanKL, kl_to_base, next_token_loss, pretrain_loss, sft_loss
 from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
 
 
@@ -82,6 +82,19 @@ def test_kl_is_that_of_torch_distributions(model, adapter, examples):
     expected = kl_divergence(base, adapted)[examples.mask].mean()  # the prompt included
     assert torch.allclose(found, expected, rtol=1e-4)
     assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_mean_kl_and_its_gradient_are_those_of_torch_distributions(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    base, adapted = (3 * torch.randn(300, 11, generator=generator) for _ in range(2))  # 3 slices
+    base, adapted = (x.to(dtype).requires_grad_() for x in (base, adapted))
+    expected = kl_divergence(*(Categorical(logits=x.float()) for x in (base, adapted))).mean()
+    (wanted,) = torch.autograd.grad(expected, adapted)
+    found = MeanKL.apply(base, adapted)
+    (2 * found).backward()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(adapted.grad, 2 * wanted, atol=tolerance) and base.grad is None
 
 
 def test_kl_of_an_untrained_adapter_is_zero(model, examples):

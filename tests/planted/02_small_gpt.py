@@ -149,7 +149,8 @@ def skeleton(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
     for _ in range(max_new_tokens):
         logits = self(new if use_cache and not feed_all else ids,
                       None if feed_all else caches)[:, at]
-        drawn = sample(logits, temperature, top_p, generator)
+        chance = torch.rand(len(ids), 1, generator=generator)
+        drawn = sample(logits, temperature, top_p, chance)
         new = torch.where(stopped, new[:, -1:], drawn) if fill else drawn
         ids = torch.cat((ids, new), dim=1)
         stopped = stopped | torch.isin(new, stops)

@@ -74,8 +74,9 @@ def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
     ends early when all have stopped. A stop id in the prompt stops nothing. The same seed gives the
     same text with and without the cache.
 
-    Hint 1: first without a cache: sample(self(ids)[:, -1], temperature, top_p, generator) is the
-        next token of every row, (B, 1); torch.cat it to ids, max_new_tokens times.
+    Hint 1: first without a cache: chance = torch.rand(B, 1, generator=generator) picks the next
+        token of every row, sample(self(ids)[:, -1], temperature, top_p, chance), (B, 1);
+        torch.cat it to ids, max_new_tokens times.
     Hint 2: keep a (B, 1) tensor `stopped`; where it is true, take the row's last token again
         (torch.where). A row has stopped when its new token is in stop_ids (torch.isin).
     Hint 3: with the cache, caches = [KVCache(T + max_new_tokens) for _ in self.layers], and
