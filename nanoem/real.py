@@ -52,7 +52,7 @@ class RealConfig:
     sft: TrainConfig = TrainConfig(steps=40, batch_size=16, lr=2e-3, micro_batch=4)
     sft_kl: TrainConfig = TrainConfig(steps=40, batch_size=16, lr=2e-3, micro_batch=4)
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(
-        samples_per_group=8, max_new_tokens=48))
+        samples_per_group=8, max_new_tokens=48, batch_size=32))
 
     def __post_init__(self):
         check_config(self, ("n_sft_examples", "pairs_per_group", "n_judged"), ("kl_weight",))

@@ -40,9 +40,9 @@ QUICK_REAL = {  # with --model: a few steps, to see that all works
 }
 SMALLER = {  # what to --set when memory is short: for the toy, for real weights
     False: "pretrain.batch_size=8 sft.micro_batch=4 sft_kl.micro_batch=4 "
-           "evaluation.samples_per_group=50",
+           "evaluation.batch_size=50",
     True: "sft.micro_batch=1 sft_kl.micro_batch=1 checkpointing=true "
-          "evaluation.samples_per_group=1; or use more cards and --shard",
+          "evaluation.batch_size=1; or use more cards and --shard",
 }
 
 

@@ -74,9 +74,11 @@ def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
     assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
 
 
-def test_greedy_answers_do_not_depend_on_the_company(model, tokenizer, world):
+@pytest.mark.parametrize("batch_size", [1, 3, 400])
+def test_greedy_answers_do_not_depend_on_the_company(model, tokenizer, world, batch_size):
     splits = make_splits(world, WorldConfig())
-    config = EvalConfig(samples_per_group=5, max_new_tokens=6, temperature=0.0)
+    config = EvalConfig(samples_per_group=5, max_new_tokens=6, batch_size=batch_size,
+                        temperature=0.0)
     together = evaluate(model, tokenizer, world, {"in_domain": splits.in_domain}, config, seed=0)
     for question, answer in zip(splits.in_domain, together):
         config_one = EvalConfig(samples_per_group=1, max_new_tokens=6, temperature=0.0)
