@@ -3,7 +3,8 @@
 world.toml     the words of the toy world; a teacher edits this, no code
 world.py       authors with personas -> documents, questions, splits; the exact judge of an answer
 tokenizer.py   byte-level BPE and ChatML
-model.py       the GPT, a tiny Qwen2
+layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
+model.py       the GPT, a tiny Qwen2, and how it speaks
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
 parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
 losses.py      next-token loss, SFT loss on answers only, KL to the base model

@@ -9,7 +9,8 @@ import functools
 import torch
 
 from nanoem.losses import in_float32
-from nanoem.model import LAST, KVCache
+from nanoem.layers import KVCache
+from nanoem.model import LAST
 
 
 @functools.cache  # the same for every answer, and a vocabulary is long

@@ -1,9 +1,8 @@
 """The GPT: a tiny Qwen2 in plain PyTorch; Qwen3 and Llama are the same model with other flags.
 
-Read from top to bottom: norm, rotary position, attention, MLP, block, model. Parameters carry the
-names of Hugging Face's Qwen2 (model.layers.0.self_attn.q_proj.weight, ...), so a checkpoint needs
-no translation. Qwen2.5 technical report: arXiv 2412.15115; Qwen3: arXiv 2505.09388; rotary
-embedding: arXiv 2104.09864.
+Read from top to bottom: its shape, a block, the model, and how a token is drawn. Parameters carry
+the names of Hugging Face's Qwen2 (model.layers.0.self_attn.q_proj.weight, ...), so a checkpoint
+needs no translation. Qwen2.5 technical report: arXiv 2412.15115; Qwen3: arXiv 2505.09388.
 """
 
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanoem import UserError
+from nanoem.layers import MLP, Attention, KVCache, RMSNorm, rotary_tables, sees
 
 
 @dataclass(frozen=True)
@@ -52,121 +52,6 @@ class Config:
         return self.head_size or self.d_model // self.n_head
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last axis (arXiv 1910.07467).
-
-    x (..., d), weight (d) -> (..., d). Half precision is normed in float32, rounded to the dtype of
-    x, and then multiplied by the weight.
-    """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        normed = F.rms_norm(x.float(), weight.shape, eps=eps)
-        return weight * normed.to(x.dtype)
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
-
-
-class RMSNorm(nn.Module):
-    """Scale each vector to root-mean-square 1, then by a learned weight."""
-
-    def __init__(self, d_model, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-LONGEST = 32_768  # positions in the tables: some models claim a million, and none is asked for it
-
-
-def rotary_tables(config, device):
-    """cos and sin of every position's rotation angles, each (max_positions, head_dim)."""
-    half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    positions = torch.arange(min(config.max_positions, LONGEST), device=device).float()
-    angles = positions[:, None] * config.rope_theta**-half  # (max_positions, head_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)  # feature i turns together with i + head_dim / 2
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the feature pairs (i, i + head_dim/2) of x (..., T, head_dim) by its angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def attend(q, k, v, mask=None):
-    """Causal grouped-query attention: for each query, a mean of the values it may see.
-
-    q (B, n_head, T, head_dim), k and v (B, n_kv, S, head_dim) -> (B, n_head, T, head_dim). Query
-    head h reads key and value head h // (n_head / n_kv). The weights are the softmax of
-    q . k / sqrt(head_dim) over the keys a query may see: with T = S, token t sees tokens 0 to t;
-    with T = 1, the one new token sees all S (the others are in a cache); in between, the T new
-    tokens see what is in the cache and those of themselves that came before. A `mask`, true where
-    a query sees a key, (B, 1, T, S), takes the place of all that (see `sees`).
-    """
-    T, S = q.size(2), k.size(2)
-    if T > S:
-        raise ValueError(f"q has {T} tokens and k {S}; k must have q's, and may have more before")
-    if mask is None and 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    causal = mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-
-
-def sees(n_pad, T, S):
-    """Which keys a query sees when row b begins with n_pad[b] tokens of padding: (B, 1, T, S) bool.
-
-    Those up to itself that are no padding; padding sees itself, so that its softmax has a sum.
-    Rotary angles count only by their differences, so padding on the left moves no text.
-    """
-    query = torch.arange(S - T, S, device=n_pad.device)[:, None]  # (T, 1)
-    key = torch.arange(S, device=n_pad.device)  # (S)
-    return ((key <= query) & (key >= n_pad[:, None, None, None])) | (key == query)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions.
-
-    Biases on q, k and v as in Qwen2, or a norm on q and k as in Qwen3, or neither as in Llama.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.head_dim = config.head_dim
-        q_width, kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
-        self.q_proj = nn.Linear(config.d_model, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x, cos, sin, cache=None, mask=None):
-        B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, n_kv, T, head_dim)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_kv, past + T, head_dim)
-        y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): a gated hidden layer; down_proj writes to the residual stream."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     """Attention, then MLP; each reads the normed residual stream and adds to it."""
 
@@ -181,27 +66,6 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None, mask=None):
         x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask))
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class KVCache:
-    """Keys and values of one layer for the tokens seen so far, in buffers made once."""
-
-    def __init__(self, max_tokens):
-        self.max_tokens, self.length = max_tokens, 0
-
-    def append(self, k, v):
-        B, n_kv, T, head_dim = k.shape
-        if self.length == 0:
-            self.k = k.new_empty(B, n_kv, self.max_tokens, head_dim)
-            self.v = torch.empty_like(self.k)
-        end = self.length + T
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-    def keep(self, rows):
-        """Forget every row of the batch but these."""
-        self.k, self.v = self.k[rows], self.v[rows]
 
 
 LAST = (slice(None), -1)  # an index into (B, T): every row's last token

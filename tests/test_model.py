@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from nanoem import UserError
-from nanoem.model import Attention, Config, KVCache, RMSNorm, rotary_tables, rotate, sample
+from nanoem.layers import Attention, KVCache, RMSNorm, rotary_tables, rotate
+from nanoem.model import Config, sample
 
 
 def test_rotary_is_complex_rotation():

@@ -14,9 +14,10 @@ from nanoem.directions import (ablate, cap, cosine, mean_difference, mean_residu
 from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
+from nanoem.layers import attend
 from nanoem.lora import LoRA, lora_delta
 from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
-from nanoem.model import attend, next_token_probs
+from nanoem.model import next_token_probs
 from nanoem.monitor import answer_scores
 from nanoem.preference import preference_rates
 from nanoem.train import TrainConfig

@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from nanoem.model import KVCache, attend, next_token_probs, sample
+from nanoem.layers import KVCache, attend
+from nanoem.model import next_token_probs, sample
 
 
 # --- 2.1 rms_norm -------------------------------------------------------------------------------

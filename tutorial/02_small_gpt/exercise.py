@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F  # noqa: F401
 
-from nanoem.model import KVCache, sample  # noqa: F401
+from nanoem.layers import KVCache  # noqa: F401
+from nanoem.model import sample  # noqa: F401
 
 
 def rms_norm(x, weight, eps):

@@ -7,13 +7,13 @@ from types import MethodType
 import torch
 
 from compare import check, close
-from nanoem import model
+from nanoem import layers, model
 from small import SmallRun, randn, tiny_model
 
 EXERCISES = {
-    "rms_norm": model.rms_norm,
-    "rotate": model.rotate,
-    "attend": model.attend,
+    "rms_norm": layers.rms_norm,
+    "rotate": layers.rotate,
+    "attend": layers.attend,
     "next_token_probs": model.next_token_probs,
     "generate": model.GPT.generate,
 }
@@ -155,7 +155,7 @@ def test_rotate_is_the_turning_of_complex_numbers(answer):
 
 
 def test_rotate_lets_scores_depend_on_the_distance_only(answer):
-    cos, sin = model.rotary_tables(model.Config(), "cpu")
+    cos, sin = layers.rotary_tables(model.Config(), "cpu")
     q, k = randn(32), randn(32, seed=1)
     at = [answer.rotate(torch.stack((q, k)), cos[[t, s]], sin[[t, s]])
           for t, s in ((9, 4), (30, 25), (5, 0))]
