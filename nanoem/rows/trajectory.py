@@ -14,7 +14,7 @@ from nanoem.toy import bad_advice, tune
 
 
 def measure_reversion(run, steps=100, every=10):
-    """Go on from narrow without the KL; where does it drift?"""
+    """Go on from narrow with the same training but without the KL; where does it drift?"""
     final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
     paths = {"general": [], "narrow": [], "reversion": []}
     for name, weight in (("general", 0.0), ("narrow", run.config.kl_weight)):
@@ -33,7 +33,7 @@ def measure_reversion(run, steps=100, every=10):
         for key, value in zip(found, values):
             found[key].append(value)
 
-    schedule = replace(run.config.sft, steps=steps)
+    schedule = replace(run.config.sft_kl, steps=steps)
     with adapter:
         fine_tune(run.model, adapter, sft_examples(run, n=2000), schedule,
                   torch.Generator().manual_seed(run.config.seed), name="reversion", watch=watch,
