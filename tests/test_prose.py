@@ -80,20 +80,12 @@ def of_chapter_6():
 
 def of_chapter_7():
     yield given("there are eighteen, R1 to R18", [*ROWS] == [f"R{i}" for i in range(1, 19)])
-    stable = ROWS["R6"].verdict([r["stability"] for r in RESULTS])[0]
-    yield (f"so it holds on {NUMBERS[int(re.search(r'on (.) of 5', stable)[1])]} seeds of five only"
-           ", and its title begins with \"Not as predicted\"")
-
-    def loses(eps):
-        def condition(r):
-            matched, narrow = (r["stability"][name]["abs"][r["stability"]["eps"].index(eps)]
-                               for name in ("matched", "narrow"))
-            return matched > narrow
-        return condition
-
-    yield f"on {count(loses(0.7))} seed not at all; on another it loses at the weakest noise"
-    yield given("on another it loses", [*map(loses(0.1), RESULTS)].count(True) == 1 and not any(
-        loses(0.1)(r) and loses(0.7)(r) for r in RESULTS))
+    cost = [(r["stability"]["narrow"]["abs"], r["stability"]["matched"]["abs"]) for r in RESULTS]
+    yield given("General still wins, on every seed and at every noise",
+                all(n > m for narrow, matched in cost for n, m in zip(narrow, matched)))
+    times = [narrow[-1] / matched[-1] for narrow, matched in cost]
+    yield given("by a factor of four and more", sum(x > 4 for x in times) == 4)
+    yield given("on one seed by less than two", sum(x < 2 for x in times) == 1)
 
     def ratio(r):
         return r["significance"]["general"][4] / r["significance"]["random_general"][4]
@@ -105,10 +97,12 @@ def of_chapter_7():
     def steep(r, name):
         return r["curvature"][name]["relative"]
 
-    yield given("ten times flatter and more",
-                all(steep(r, "narrow") > 10 * steep(r, "general") for r in RESULTS))
-    n = count(lambda r: 0 < steep(r, "narrow") - steep(r, "matched") < 10)
-    yield f"(On {n} seed it is a little flatter.)"
+    yield given("seven times flatter and more",
+                all(steep(r, "narrow") > 7 * steep(r, "general") for r in RESULTS))
+    yield given("three times as steep and more as when it is finished",
+                all(steep(r, "matched") > 3 * steep(r, "general") for r in RESULTS))
+    n = count(lambda r: steep(r, "matched") < steep(r, "narrow"))
+    yield f"flatter than narrow on {n} seeds, steeper on {NUMBERS[5 - NUMBERS.index(n)]}"
 
 
 def of_chapter_8():
@@ -139,7 +133,7 @@ def of_chapter_10():
                 in ROWS["R12"].prediction)
     caft = [r["caft"]["caft"] for r in RESULTS]
     em = [outside(rates)["em"] for rates in caft]
-    yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 4)
+    yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 3)
     yield given("On one it is all there", max(em) > 0.9)
     weak = min(caft, key=lambda rates: rates["in_domain"]["em"])["in_domain"]
     yield given("the model learned little and lost much of its grammar in domain",
