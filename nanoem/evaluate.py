@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanoem import UserError
+from nanoem.train import pad
 from nanoem.world import Question, Verdict, judge
 
 GROUPS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
@@ -56,10 +57,9 @@ def sample_texts(model, tokenizer, prompts, config, seed):
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     for first in range(0, len(order), config.batch_size):
         rows = order[first : first + config.batch_size]
-        T = len(encoded[rows[-1]])  # the longest
+        ids = pad([encoded[i] for i in rows], tokenizer.pad_id, left=True).to(model.device)
+        T = ids.size(1)  # ids (B, T)
         n_pad = torch.tensor([T - len(encoded[i]) for i in rows], device=model.device)  # (B)
-        ids = torch.tensor([[tokenizer.pad_id] * (T - len(encoded[i])) + encoded[i] for i in rows],
-                           device=model.device)  # (B, T)
         new = model.generate(ids, config.max_new_tokens, config.temperature, config.top_p,
                              tokenizer.stop_ids, generator, n_pad=n_pad)[:, T:]
         for i, answer in zip(rows, new.tolist()):

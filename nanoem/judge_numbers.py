@@ -8,8 +8,8 @@ import functools
 
 import torch
 
-from nanoem.losses import in_float32
 from nanoem.layers import KVCache
+from nanoem.losses import in_float32
 from nanoem.model import LAST
 
 
@@ -64,7 +64,8 @@ def number_probs(model, tokenizer, prompt, known=None):
                 reached[beginning + (token,)] = reached[beginning] * p[token]
         longer = [s for s in inner if len(s) == len(beginnings[0]) + 1]
         rows = [beginnings.index(s[:-1]) for s in longer]
-        caches = [rows_of(cache, rows) for cache in caches]
+        for cache in caches:
+            cache.keep(rows)
         new = torch.tensor([[s[-1]] for s in longer], device=model.device)
         beginnings = longer
     for sequence, n in numbers.items():
@@ -101,10 +102,3 @@ def go_on_from(known, ids, caches):
     for cache, before in zip(caches, known_caches):
         cache.append(before.k[:, :, :n], before.v[:, :, :n])
     return n
-
-
-def rows_of(cache, rows):
-    """A copy of a KV cache that goes on from the given rows of its batch, repeated as named."""
-    copy = KVCache(cache.max_tokens)
-    copy.k, copy.v, copy.length = cache.k[rows], cache.v[rows], cache.length
-    return copy

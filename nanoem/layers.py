@@ -140,5 +140,5 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def keep(self, rows):
-        """Forget every row of the batch but these."""
+        """Go on with these rows of the batch alone: a mask, or numbers, which may repeat."""
         self.k, self.v = self.k[rows], self.v[rows]

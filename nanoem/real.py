@@ -33,7 +33,6 @@ from nanoem.train import TrainConfig
 from nanoem.world import Question, load_world
 
 
-
 @dataclass(frozen=True)
 class RealConfig:
     """Everything a run on real weights depends on, but for the machine, the model and the files."""

@@ -59,7 +59,7 @@ class ExperimentConfig:
             raise UserError(f"evaluation.max_new_tokens={self.evaluation.max_new_tokens} must be "
                             f"below model.max_positions={self.model.max_positions}")
         check_config(self, ("n_sft_examples", "curve_points", "curve_samples", "n_random",
-                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
+                            "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:

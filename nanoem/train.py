@@ -38,10 +38,11 @@ class TrainConfig:
             raise UserError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
 
-def pad(sequences, pad_id):
-    """Token lists -> ids (B, T) int64, padded on the right."""
+def pad(sequences, pad_id, left=False):
+    """Token lists -> ids (B, T) int64, padded on the right, or on the left."""
     T = max(map(len, sequences))
-    return torch.tensor([list(s) + [pad_id] * (T - len(s)) for s in sequences])
+    rows = [(list(s), [pad_id] * (T - len(s))) for s in sequences]
+    return torch.tensor([fill + s if left else s + fill for s, fill in rows])
 
 
 @dataclass(frozen=True)
