@@ -53,8 +53,8 @@ def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
 
     The weights are frozen, so the backward pass costs as much as the forward pass (not twice as
     much), and only above the adapter. Attention is counted whole, as if it were not causal; its
-    backward is 2.5 times its forward. With kl, sequences of the same length are read twice more,
-    once without a backward pass.
+    backward is 2.5 times its forward. With kl, sequences of the same length are read twice more: by
+    the base without a backward pass, and from the adapter's block on by the adapted model.
     """
     head = 2 * c.vocab_size * c.d_model
     above = blocks_above(c)
@@ -62,7 +62,8 @@ def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
     backward = above * (2 * block_weights(c) + 10 * T * c.n_head * c.head_dim) + head
     if checkpointing:  # every block again, but for its last product, which keeps nothing
         backward += above * (block_flops(c, T) - 2 * c.d_model * c.d_ff)
-    return batch * T * ((2 if kl else 1) * (forward + backward) + (forward if kl else 0))
+    again = forward - (c.n_layer // 2) * block_flops(c, T)
+    return batch * T * (forward + backward + (forward + again + backward if kl else 0))
 
 
 def activation_bytes(c, checkpointing=False):
@@ -78,18 +79,19 @@ def activation_bytes(c, checkpointing=False):
     return 4 * c.d_ff + (above * 2 * c.d_model + in_block if checkpointing else above * in_block)
 
 
-def training_bytes(c, tokens, kl=False, checkpointing=False, cards=1):
+def training_bytes(c, tokens, checkpointing=False, cards=1):
     """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
 
-    Weights, activations of `tokens` tokens at once, and their logits, log-probabilities and
-    gradients in float32. The adapter and its optimizer are a few thousand numbers: nothing.
+    Weights, activations of `tokens` tokens at once, and the logits of one slice of them (losses.py)
+    as they come, in float32, and as they go on: two such tensors for the KL, of smaller slices. The
+    adapter and its optimizer are a few thousand numbers: nothing.
     """
     blocks = 2 * c.n_layer * block_weights(c)
     weights = 2 * n_parameters(c) - blocks + blocks / cards
     if cards > 1:
         weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
-    logits = (24 if kl else 16) * c.vocab_size
-    return weights + tokens * (activation_bytes(c, checkpointing) + logits)
+    logits = max(8 * min(tokens, 1024), 14 * min(tokens, 256)) * c.vocab_size
+    return weights + tokens * activation_bytes(c, checkpointing) + logits
 
 
 def table(shapes, T, tflops, micro_batch, cards):
@@ -97,7 +99,7 @@ def table(shapes, T, tflops, micro_batch, cards):
     lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
               "with checkpointing, GB", "general, minutes", "narrow, minutes"]]
     for name, c in shapes.items():
-        memory = [training_bytes(c, micro_batch * T, True, checkpointing, cards) / 1e9
+        memory = [training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9
                   for checkpointing in (False, True)]
         seconds = [steps * step_flops(c, T, kl) / (cards * tflops * 1e12)
                    for steps, kl in ((STEPS, False), (STEPS_KL, True))]

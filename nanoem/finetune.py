@@ -13,7 +13,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.losses import answer_loss, kl_to_base, sft_loss
+from nanoem.losses import answer_loss, kl_to_base
 from nanoem.train import micro_batches, train
 
 
@@ -70,7 +70,7 @@ def start_at_gradient(model, adapter, examples):
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        loss = answer_loss(model, examples.ids, examples.answer_mask)
         gradients = torch.autograd.grad(loss, weights)
     finally:
         for weight, before in zip(weights, frozen):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanoem.losses import kl_to_base, sft_loss
+from nanoem.losses import answer_loss, kl_to_base, sft_loss
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def set_parameters(adapter, values):
 @torch.no_grad()
 def loss_on(model, examples):
     """The SFT loss of the model as it stands, a float."""
-    return sft_loss(model(examples.ids), examples.ids, examples.answer_mask).item()
+    return answer_loss(model, examples.ids, examples.answer_mask).item()
 
 
 def efficiency(model, adapter, examples, norms):
@@ -141,7 +141,7 @@ def flat_B(adapter):
 def gradient_B(model, adapter, examples):
     """The gradient of the SFT loss by every B, as one vector, on the CPU."""
     with adapter:
-        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+        loss = answer_loss(model, examples.ids, examples.answer_mask)
         gradients = torch.autograd.grad(loss, list(adapter.B.values()))
     return torch.cat([g.cpu().flatten() for g in gradients])
 

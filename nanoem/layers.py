@@ -8,16 +8,20 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def in_float32(x):
+    """Half precision in float32, where squares do not overflow and long sums keep their digits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, the mean over the last axis (arXiv 1910.07467).
 
     x (..., d), weight (d) -> (..., d). Half precision is normed in float32, rounded to the dtype of
     x, and then multiplied by the weight.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        normed = F.rms_norm(x.float(), weight.shape, eps=eps)
-        return weight * normed.to(x.dtype)
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
+    wide = in_float32(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
 
 
 class RMSNorm(nn.Module):

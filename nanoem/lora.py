@@ -53,6 +53,11 @@ class Adapter:
         """Is it attached, and not switched off?"""
         return self.depth > 0 and self.scale != 0
 
+    @property
+    def first_layer(self):
+        """The first block with a site; what comes before it is the base model's."""
+        return min(int(name.split(".")[1]) for name in self.sites)
+
     def attach(self):
         self.depth += 1
         if self.depth == 1:

@@ -102,10 +102,16 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def blocks(self, ids, caches=None, n_pad=None):
+    @property
+    def head(self):
+        """The weight of the output layer, (vocab, d_model)."""
+        return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
+
+    def blocks(self, ids, caches=None, n_pad=None, below=()):
         """Yield the residual stream after each block, (B, T, d_model).
 
-        n_pad (B) int64: how many tokens of padding each row of the whole text begins with.
+        n_pad (B) int64: how many tokens of padding each row of the whole text begins with. `below`
+        holds the streams after the first blocks when they are known; what follows is yielded.
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be (B, T) int64, and are {tuple(ids.shape)} {ids.dtype}")
@@ -117,11 +123,11 @@ class GPT(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]
         mask = None if n_pad is None else sees(n_pad, ids.size(1), end)  # (B, 1, T, end)
         try:
-            x = self.embed_tokens(ids)  # (B, T, d_model)
+            x = below[-1] if below else self.embed_tokens(ids)  # (B, T, d_model)
         except IndexError:
             raise ValueError(f"ids must be 0 to {self.config.vocab_size - 1}, and reach from "
                              f"{ids.min()} to {ids.max()}") from None
-        for i, layer in enumerate(self.layers):
+        for i, layer in list(enumerate(self.layers))[len(below) :]:
             if self.activation_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
             else:
@@ -130,8 +136,7 @@ class GPT(nn.Module):
 
     def unembed(self, x):
         """Final norm and output layer: (B, T, d_model) -> logits (B, T, vocab)."""
-        head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return F.linear(self.norm(x), head.weight)
+        return F.linear(self.norm(x), self.head)
 
     def forward(self, ids, caches=None, at=None, n_pad=None):
         """ids (B, T) int64 -> logits (B, T, vocab).

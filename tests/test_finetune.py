@@ -79,7 +79,8 @@ def test_a_step_computes_only_what_the_adapter_needs(examples):
     one = examples[1:]  # it has padding
     T, n_read, n_answer = one.mask.numel(), one.mask.sum().item(), one.answer_mask.sum().item()
     sft = T * (forward + backward) + 2 * n_answer * head
-    kl = T * (3 * block + forward + backward) + 3 * n_read * head  # the base, then the adapted
+    kl = T * (forward + 2 * block + n_in + n_out + backward) + 3 * n_read * head
+    kl -= T * (n_in + n_out)  # the base has no adapter, and shares its first block
 
     schedule, generator = TrainConfig(steps=1, batch_size=4, lr=0.01), torch.Generator()
     for kl_weight, expected in ((0.0, sft), (1.0, sft + kl)):

@@ -8,7 +8,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lora import LoRA
-from nanoem.losses import MeanKL, kl_to_base, next_token_loss, pretrain_loss, sft_loss
+from nanoem.losses import (CrossEntropy, MeanKL, kl_to_base, next_token_loss, pretrain_loss,
+                           sft_loss, token_kl)
 from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
 
 
@@ -56,8 +57,8 @@ def test_next_token_loss_is_a_loop_over_tokens(model, examples):
 @pytest.mark.parametrize("masked", [False, True])
 def test_pretrain_loss_is_next_token_loss_with_its_gradients(model, examples, masked):
     model.requires_grad_(True)
-    ids = examples.ids.repeat(40, 1)  # more tokens than one slice of TiedCrossEntropy
-    mask = examples.mask.repeat(40, 1) if masked else None
+    ids = examples.ids.repeat(80, 1)  # more tokens than one slice of CrossEntropy
+    mask = examples.mask.repeat(80, 1) if masked else None
     expected = next_token_loss(model(ids), ids, mask)
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     loss = pretrain_loss(model, ids, mask)
@@ -87,14 +88,51 @@ def test_kl_is_that_of_torch_distributions(model, adapter, examples):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_mean_kl_and_its_gradient_are_those_of_torch_distributions(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
-    base, adapted = (3 * torch.randn(300, 11, generator=generator) for _ in range(2))  # 3 slices
-    base, adapted = (x.to(dtype).requires_grad_() for x in (base, adapted))
-    expected = kl_divergence(*(Categorical(logits=x.float()) for x in (base, adapted))).mean()
+    base, adapted = (torch.randn(600, 8, generator=generator).to(dtype).requires_grad_()
+                     for _ in range(2))  # 3 slices
+    head = torch.randn(11, 8, generator=generator).to(dtype)
+    expected = kl_divergence(*(Categorical(logits=(x @ head.T).float())
+                               for x in (base, adapted))).mean()
     (wanted,) = torch.autograd.grad(expected, adapted)
-    found = MeanKL.apply(base, adapted)
+    found = MeanKL.apply(base, adapted, head)
     (2 * found).backward()
     assert torch.allclose(found, expected, rtol=1e-5)
     assert torch.allclose(adapted.grad, 2 * wanted, atol=tolerance) and base.grad is None
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_cross_entropy_and_its_gradients_are_those_of_torch(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_() for n in (2100, 11))
+    targets = torch.randint(11, (2100,), generator=generator)
+    expected = torch.nn.functional.cross_entropy((x @ head.T).float(), targets)
+    found = CrossEntropy.apply(x, head, targets)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(2 * found, (x, head)),
+                    torch.autograd.grad(2 * expected, (x, head))):
+        assert torch.allclose(a, b, rtol=1e-2, atol=tolerance)
+    frozen = CrossEntropy.apply(x, head.detach(), targets)  # as for an adapter
+    assert torch.equal(torch.autograd.grad(frozen, x)[0], torch.autograd.grad(
+        CrossEntropy.apply(x, head, targets), x)[0])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_kl_shares_what_lies_before_the_adapter(model, examples, layer):
+    adapter = LoRA(model, [layer], alpha=4)
+    for B in adapter.B.values():
+        torch.nn.init.normal_(B, generator=torch.Generator().manual_seed(0))
+    runs = []
+    with adapter, torch.no_grad():
+        with adapter.disabled():
+            base = model(examples.ids)
+        expected = token_kl(base, model(examples.ids))[examples.mask].mean()
+        hooks = [block.register_forward_hook(lambda *_, i=i: runs.append(i))
+                 for i, block in enumerate(model.layers)]
+        found = kl_to_base(model, adapter, examples.ids, examples.mask)
+    for hook in hooks:
+        hook.remove()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert runs == [*range(len(model.layers)), *range(layer, len(model.layers))]
 
 
 def test_kl_of_an_untrained_adapter_is_zero(model, examples):
