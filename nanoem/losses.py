@@ -128,15 +128,15 @@ class MeanKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, base, adapted, head, rows=256):
-        total, grad = 0.0, torch.empty_like(adapted)
+        total, grad = 0.0, torch.empty_like(adapted) if ctx.needs_input_grad[1] else None
         for i in range(0, len(base), rows):
             log_p, log_q = (in_float32(x[i : i + rows] @ head.T).log_softmax(-1)
                             for x in (base, adapted))  # (rows, vocab)
             gap, p = log_p - log_q, log_p.exp_()
             total += gap.mul_(p).sum()
-            if ctx.needs_input_grad[1]:
+            if grad is not None:
                 grad[i : i + rows] = log_q.exp_().sub_(p).to(head.dtype) @ head
-        ctx.save_for_backward(grad / len(base))
+        ctx.save_for_backward(None if grad is None else grad / len(base))
         return total / len(base)
 
     @staticmethod
