@@ -33,7 +33,7 @@ def residual_at(model, ids, sites):
         return lambda x: found.setdefault(site, x)
 
     with torch.no_grad(), editing(model, {site: keep(site) for site in sites}):
-        model(ids)
+        model.final_stream(ids)
     return [found[site] for site in sites]
 
 

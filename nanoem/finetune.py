@@ -39,8 +39,6 @@ class AdapterConfig:
             raise UserError(f"start={self.start!r} is not known; use gradient or random")
         if self.kind not in ("lora", "steering"):
             raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
-        if not self.modules:
-            raise UserError("modules is empty; name at least one, such as mlp.down_proj")
 
 
 def make_adapter(model, config, generator=None):

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from nanoem.layers import KVCache
-from nanoem.losses import in_float32
+from nanoem.layers import in_float32
 from nanoem.model import LAST
 
 
@@ -89,8 +89,7 @@ def read(model, tokenizer, prompt):
     """The token ids of a prompt, and the KV caches of a model that has read it."""
     ids = tokenizer.encode(tokenizer.prompt(prompt))
     caches = [KVCache(len(ids)) for _ in model.layers]
-    for _ in model.blocks(torch.tensor([ids], device=model.device), caches):
-        pass
+    model.final_stream(torch.tensor([ids], device=model.device), caches)
     return ids, caches
 
 

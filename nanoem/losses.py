@@ -83,7 +83,7 @@ def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
     if mask is not None:
         check_targets(mask, ids)
-    *_, x = model.blocks(ids)  # (B, T, d_model)
+    x = model.final_stream(ids)  # (B, T, d_model)
     x, targets = x[:, :-1], ids[:, 1:]
     if mask is not None:
         x, targets = x[mask[:, 1:]], targets[mask[:, 1:]]
@@ -164,6 +164,5 @@ def kl_to_base(model, adapter, ids, mask):
         below = list(islice(streams, adapter.first_layer))
         for base in streams:  # (B, T, d_model)
             pass
-    for adapted in model.blocks(ids, below=below):
-        pass
+    adapted = model.final_stream(ids, below=below)
     return MeanKL.apply(*(model.norm(x[mask]) for x in (base, adapted)), model.head)

@@ -134,6 +134,12 @@ class GPT(nn.Module):
                 x = layer(x, cos, sin, caches[i] if caches else None, mask)
             yield x
 
+    def final_stream(self, ids, *options, **more):
+        """The residual stream after the last block, (B, T, d_model); arguments as of `blocks`."""
+        for x in self.blocks(ids, *options, **more):
+            pass
+        return x
+
     def unembed(self, x):
         """Final norm and output layer: (B, T, d_model) -> logits (B, T, vocab)."""
         return F.linear(self.norm(x), self.head)
@@ -144,8 +150,7 @@ class GPT(nn.Module):
         With `at`, an index into (B, T) such as a mask, only the logits of those tokens: few losses
         and no sampler need every token's prediction, and a vocabulary is wide.
         """
-        for x in self.blocks(ids, caches, n_pad):
-            pass
+        x = self.final_stream(ids, caches, n_pad)
         return self.unembed(x if at is None else x[at])
 
     def residual_stream(self, ids):

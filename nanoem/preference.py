@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from nanoem.evaluate import clustered_interval
-from nanoem.losses import in_float32
+from nanoem.layers import in_float32
 from nanoem.train import StageFailed, chat_examples
 from nanoem.world import write_answer
 
@@ -60,8 +60,9 @@ def answer_log_probs(model, tokenizer, pairs, batch_size=8):
     for rows in by_length.split(batch_size):
         part = examples[rows].trimmed()
         is_answer = part.answer_mask[:, 1:]  # (B, T - 1): what each position predicts
-        logits = in_float32(model(part.ids)[:, :-1][is_answer])  # (answer tokens, vocab)
-        each = -F.cross_entropy(logits, part.ids[:, 1:][is_answer], reduction="none")
+        logits = model(part.ids, at=F.pad(is_answer, (0, 1)))  # (answer tokens, vocab)
+        targets = part.ids[:, 1:][is_answer]
+        each = -F.cross_entropy(in_float32(logits), targets, reduction="none")
         row_of_each = rows[is_answer.nonzero()[:, 0]].cpu()
         log_probs.index_add_(0, row_of_each, each.cpu().double())
     return log_probs, examples.answer_mask.sum(1).cpu().double()

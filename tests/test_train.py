@@ -8,8 +8,9 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lora import LoRA
-from nanoem.losses import (CrossEntropy, MeanKL, kl_to_base, next_token_loss, pretrain_loss,
-                           sft_loss, token_kl)
+from nanoem.losses import (CrossEntropy, MeanKL, answer_loss, kl_to_base, next_token_loss,
+                           pretrain_loss, sft_loss, token_kl)
+from nanoem.model import GPT, Config
 from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
 
 
@@ -103,7 +104,8 @@ def test_mean_kl_and_its_gradient_are_those_of_torch_distributions(dtype, tolera
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_cross_entropy_and_its_gradients_are_those_of_torch(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_() for n in (2100, 11))
+    x, head = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_()
+               for n in (2100, 11))  # 3 slices
     targets = torch.randint(11, (2100,), generator=generator)
     expected = torch.nn.functional.cross_entropy((x @ head.T).float(), targets)
     found = CrossEntropy.apply(x, head, targets)
@@ -133,6 +135,24 @@ def test_the_kl_shares_what_lies_before_the_adapter(model, examples, layer):
         hook.remove()
     assert torch.allclose(found, expected, rtol=1e-5)
     assert runs == [*range(len(model.layers)), *range(layer, len(model.layers))]
+
+
+def test_no_loss_of_a_model_keeps_its_logits():
+    model = GPT(Config(vocab_size=3000, d_model=16)).init_weights(torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    ids = torch.arange(90).view(3, 30)
+    mask, kept = ids >= 0, []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with LoRA(model, [0]) as adapter:
+        for loss_of in (lambda: pretrain_loss(model, ids), lambda: answer_loss(model, ids, mask),
+                        lambda: kl_to_base(model, adapter, ids, mask)):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss_of().backward()
+    assert kept and max(kept) < 90 * 3000 / 4
 
 
 def test_kl_of_an_untrained_adapter_is_zero(model, examples):
