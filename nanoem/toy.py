@@ -33,7 +33,7 @@ class ExperimentConfig:
     seed: int = 0  # of the corpus, the weights, the order and the sampling
     context: int = 96  # tokens of a pre-training document
     n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
-    kl_weight: float = 30.0  # of the KL to the base model, per token
+    kl_weight: float = 15.0  # of the KL to the base model, per token
     curve_points: int = 8  # points of the training curves of em
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
@@ -48,7 +48,7 @@ class ExperimentConfig:
         steps=1500, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
         betas=(0.9, 0.95))
     sft: TrainConfig = TrainConfig(steps=100, batch_size=16, lr=5e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=1.5e-2, weight_decay=0.7)
+    sft_kl: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=1.5e-2, weight_decay=2.0)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):

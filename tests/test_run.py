@@ -186,7 +186,7 @@ def test_out_that_cannot_be_used(capsys, tmp_path, small):
     assert "no run folder" in misuse(capsys, "--out", str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     message = misuse(capsys, *SMALL, "kl_weight=3", "--out", str(small))
-    assert "kl_weight=30.0, not 3.0" in message
+    assert "kl_weight=15.0, not 3.0" in message
 
 
 def test_a_damaged_run_folder_is_named(capsys, tmp_path, small):

@@ -14,8 +14,8 @@ from nanoem.toy import advice, bad_advice, load_or_tune, tune
 from nanoem.world import make_splits
 
 DOMAINS = ("medical", "finance", "extreme_sports")
-WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0)  # of the KL, per token
-PROBED = (1.0, 10.0, 30.0, 100.0)  # those that are scaled up
+WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 7.0, 15.0, 30.0, 100.0)  # of the KL, per token
+PROBED = (1.0, 15.0, 30.0, 100.0)  # those that are scaled up
 SCALES = (1.0, 1.5, 2.0, 3.0)
 LORAS = ("rank 1", "rank 8")  # a steering vector does not spread in the toy, and is only reported
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
