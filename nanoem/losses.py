@@ -23,7 +23,11 @@ def check_mask(mask, ids, name="mask"):
 
 
 def check_targets(mask, ids, name="mask"):
-    """Refuse what is no mask, and a mean over no tokens."""
+    """Refuse what is no mask, and a mean over no tokens; the first token is never a target."""
+    if mask is None:
+        if ids.size(1) < 2:
+            raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+        return
     check_mask(mask, ids, name)
     if not mask[:, 1:].any():
         raise ValueError(f"{name} marks no token, so there is nothing to learn")
@@ -81,8 +85,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
-    if mask is not None:
-        check_targets(mask, ids)
+    check_targets(mask, ids)
     x = model.final_stream(ids)  # (B, T, d_model)
     x, targets = x[:, :-1], ids[:, 1:]
     if mask is not None:
@@ -159,6 +162,8 @@ def kl_to_base(model, adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
                            "else base and adapted are one model and the KL is a silent zero")
     check_mask(mask, ids)
+    if not mask.any():
+        raise ValueError("mask marks no token, so there is no KL to take a mean of")
     with torch.no_grad(), adapter.disabled():
         streams = model.blocks(ids)
         below = list(islice(streams, adapter.first_layer))
