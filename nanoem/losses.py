@@ -26,7 +26,8 @@ def check_targets(mask, ids, name="mask"):
     """Refuse what is no mask, and a mean over no tokens; the first token is never a target."""
     if mask is None:
         if ids.size(1) < 2:
-            raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+            raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after "
+                             "another")
         return
     check_mask(mask, ids, name)
     if not mask[:, 1:].any():

@@ -2,8 +2,8 @@
 
 With `--report` it draws results/figures and writes results/report.md and the tables in README anew,
 from results.json. Run it from the repository root after a change of the results or of the small
-model, and read the difference before you keep it. tests/test_tutorial.py compares every page with what it prints,
-tests/test_prose.py the figures and what is said in words.
+model, and read the difference before you keep it. tests/test_tutorial.py compares every page with
+what it prints, tests/test_prose.py the figures and what is said in words.
 """
 
 import doctest
