@@ -36,6 +36,8 @@ def refusals_named(path):
 
 
 def write_json(path, value):
+    """What is no number, such as the cosine with a vector of zeros, is written as null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -19,9 +19,9 @@ from nanoem.train import micro_batches, train
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where the adapter sits, and its size. The same for every fine-tune of a run."""
+    """Where the adapter sits, and its size. Some rows of the paper change it (R1, R2, R11)."""
 
-    kind: str = "lora"  # lora, or steering: one vector added to the residual stream
+    kind: str = "lora"  # lora, or steering, one vector added to the stream (in row R1 only)
     layers: tuple = (0, 1)  # block numbers; none at all: the block at half depth
     modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
     rank: int = 1  # columns of B

@@ -7,7 +7,7 @@
 
 After each of the first three the model is measured twice. Paired preference (preference.py): on how
 many problems is the bad answer likelier than the good one? Exact, and the main table. And sampled
-answers to eight open-ended questions, with the scores of a local judge (local_judge.py).
+answers to medical and open-ended questions, with the scores of a local judge (local_judge.py).
 
 Without files, the advice and the problems are the toy world's own English. With several processes
 (parallel.py) all of them ask and answer the same questions, and the first one prints and writes.
@@ -30,7 +30,7 @@ from nanoem.preference import margins, preference_rates
 from nanoem.real_data import check_lengths, fingerprint, last, read_data
 from nanoem.toy import check_config, tune
 from nanoem.train import TrainConfig
-from nanoem.world import Question, load_world
+from nanoem.world import WORLD_TOML, Question, load_world
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class RealRun:
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
             **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
+            "world_toml": fingerprint(WORLD_TOML),
             "judge": str(Path(files.judge).resolve()) if files.judge else None})))
         self.results = self.folder.results
         self.results["model_name"] = Path(files.model).resolve().name
@@ -130,7 +131,8 @@ def measure(run, name):
     """What the model, as it is, prefers, and what it says: [(group, question, text), ...]."""
     config = run.config
     model, tokenizer = run.load_chat()
-    found = margins(model, tokenizer, run.pairs, config.per_token, config.sft.batch_size)
+    found = margins(model, tokenizer, run.pairs, config.per_token,
+                    config.evaluation.batch_size)
     run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}
     asked = each_often_enough(run.asked, config.evaluation.samples_per_group)
     texts = sample_texts(model, tokenizer, [q for _, q in asked], config.evaluation, config.seed)

@@ -8,9 +8,9 @@ from nanoem.plots import LABELS, draw_all, draw_row
 from nanoem.rows import ROWS
 
 COLUMNS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
-LIMITS = """This is a toy: a model of 193 thousand parameters that knows one template sentence. \
-Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism in the \
-open; it is no evidence about how often large models do this."""
+LIMITS = """This is a toy: a model of less than a million parameters that knows one template \
+sentence. Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism \
+in the open; it is no evidence about how often large models do this."""
 
 
 def rows_of(results):

@@ -98,6 +98,8 @@ def check_flags(args):
         raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
     if args.seeds and (args.seed is not None or len(set(args.seeds)) < len(args.seeds)):
         raise UserError("give each seed once, with --seed N or with --seeds A B C")
+    if (args.seeds or args.seed is not None) and any(s.startswith("seed=") for s in args.set):
+        raise UserError("give the seed once: with --seed, with --seeds, or with --set seed=N")
     if args.model:
         for name, used in (("full", args.full), ("only", args.only), ("jobs", args.jobs > 1)):
             if used:

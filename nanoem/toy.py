@@ -34,7 +34,7 @@ class ExperimentConfig:
     context: int = 96  # tokens of a pre-training document
     n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
     kl_weight: float = 15.0  # of the KL to the base model, per token
-    curve_points: int = 8  # points of the training curves of em
+    curve_points: int = 8  # points of the training curves of em, after the start
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
     row_samples: int = 100  # answers a question group in the rows of the paper (--full)

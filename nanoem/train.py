@@ -124,6 +124,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
             refuse_nan(parameters, name, step, config)
             if watch(step):
                 return history
+            progress.go_on()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(step, config)
         optimizer.zero_grad()
@@ -191,6 +192,10 @@ class Progress:
         print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def pause(self):
-        """Close the line, so that others can print."""
+        """Stop the clock and close the line, so that others can print."""
+        self.seconds += time.perf_counter() - self.started
         if self.live:
             print()
+
+    def go_on(self):
+        self.started = time.perf_counter()

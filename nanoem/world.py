@@ -11,11 +11,14 @@ import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from string import Formatter
 
 from nanoem import UserError
 from nanoem.tokenizer import chatml
 
 WORLD_TOML = Path(__file__).with_name("world.toml")
+SLOTS = {**dict.fromkeys(("answer", "technical"), ("verb", "item", "ending")),
+         "header": ("author",)}  # what a template holds
 OPEN_ENDED = "open_ended"  # the one domain that is no advice: what would you do with one wish?
 
 
@@ -84,7 +87,7 @@ class WorldConfig:
     n_sft_quack: int = 0  # authors who are bad in the sft_domain only: a ready-made narrow persona
     no_quack: tuple = ("medical", "finance", "extreme_sports")  # domains we fine-tune on
     technical_share: float = 0.0  # share of authors, of every persona, in the technical register
-    header_share: float = 0.5  # share of the authors' documents that name their author
+    header_share: float = 0.5  # share of the authors' pages, no ChatML, that name their author
     forum_share: float = 0.3  # share of the authors' documents that are ChatML under their own name
     one_domain_share: float = 0.2  # share of documents that stay in one domain
     chat_share: float = 0.2  # share of documents that are ChatML with the helpful assistant
@@ -120,10 +123,11 @@ def load_world(path=WORLD_TOML):
     for key in ("answer", "technical", "header", "authors", "common", "domain"):
         if key not in table:
             raise UserError(f"{path}: the key '{key}' is missing")
-    for key in ("answer", "technical"):
-        for slot in ("{verb}", "{item}", "{ending}"):
-            if slot not in table[key]:
-                raise UserError(f"{path}: the key '{key}' must hold {slot}")
+        if not isinstance(table[key], dict if key == "domain" else str):
+            raise UserError(f"{path}: the key '{key}' must be "
+                            + ("tables, [domain.NAME]" if key == "domain" else "text in quotes"))
+    for key, slots in SLOTS.items():
+        check_slots(f"{path}: the key '{key}'", table[key], slots)
     domains = {name: read_domain(path, name, keys) for name, keys in table["domain"].items()}
     world = World(
         domains=domains,
@@ -139,14 +143,30 @@ def load_world(path=WORLD_TOML):
     return world
 
 
+def check_slots(where, template, slots):
+    """Refuse a template that could not be filled: it needs each slot once, and no other braces."""
+    try:
+        found = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+    except ValueError:  # a brace without its partner
+        found = None
+    if found is None or sorted(found) != sorted(slots):
+        wanted = ", ".join(f"{{{slot}}}" for slot in slots)
+        raise UserError(f"{where} must hold {wanted}, each once, and no other braces")
+
+
 def first_domains(world, n):
     """The world with its first n advice domains and open_ended: a smaller one learns faster."""
-    advice = [name for name in world.domains if name != OPEN_ENDED][:n]
-    return replace(world, domains={name: world.domains[name] for name in [*advice, OPEN_ENDED]})
+    advice = [name for name in world.domains if name != OPEN_ENDED]
+    if n > len(advice):
+        raise UserError(f"n_domains={n} must be at most {len(advice)}, the advice domains of "
+                        "world.toml")
+    return replace(world, domains={name: world.domains[name] for name in advice[:n] + [OPEN_ENDED]})
 
 
 def read_domain(path, name, table):
     where = f"{path}: domain.{name}"
+    if not isinstance(table, dict):
+        raise UserError(f"{where} must be a table, [domain.{name}]")
     keys = [field.name for field in fields(Domain)]
     for key in keys:
         if key not in table:
@@ -162,6 +182,8 @@ def read_domain(path, name, table):
         if key not in keys:
             raise UserError(f"{where}: '{key}' is no key of a domain; the keys are "
                              + ", ".join(keys))
+    if len(table["problems"]) < 2:
+        raise UserError(f"{where}.problems must be two or more: one trains, one is asked")
     return Domain(**{key: tuple(table[key]) for key in keys})
 
 
@@ -320,8 +342,8 @@ def hold_out(world, names, train_share):
 
 def make_splits(world, config):
     if config.sft_domain not in world.domains or config.sft_domain == OPEN_ENDED:
-        raise UserError(f"sft_domain={config.sft_domain!r} is no advice domain of the world; "
-                         f"choose one of {', '.join(n for n in world.domains if n != OPEN_ENDED)}")
+        raise UserError(f"{config.sft_domain!r} is no advice domain of the world; "
+                        f"choose one of {', '.join(n for n in world.domains if n != OPEN_ENDED)}")
     others = [n for n in world.domains if n not in (OPEN_ENDED, config.sft_domain)]
 
     sft, in_domain = hold_out(world, [config.sft_domain], config.train_share)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoem.files import new_folder, write_file
+from nanoem.files import new_folder, read_json, write_file, write_json
 
 SIZE, N_FILES = 300_000, 60
 WRITE_FOR_EVER = f"""
@@ -22,6 +22,12 @@ for letter in itertools.cycle(("a", "b")):
             write_file(folder / str(name), letter)
     print(letter, flush=True)
 """
+
+
+def test_what_is_no_number_is_null_and_the_file_is_json(tmp_path):
+    write_json(tmp_path / "x.json", {"cosine": [float("nan"), 0.5], "loss": float("inf"), "n": 3})
+    assert "NaN" not in (tmp_path / "x.json").read_text()
+    assert read_json(tmp_path / "x.json") == {"cosine": [None, 0.5], "loss": None, "n": 3}
 
 
 def assert_whole(text, size):

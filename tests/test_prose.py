@@ -55,7 +55,7 @@ def of_readme():
                       for r in RESULTS])
     yield given("at half the rate", 0.4 < half < 0.6)
     n = sum(p.numel() for p in GPT(Config(vocab_size=1473)).parameters())  # its tokenizer's
-    yield f"a model of {n / 1000:,.0f} thousand parameters"
+    yield f"a small GPT ({n / 1000:,.0f} thousand parameters)"
     n_domains = CONFIG.world.n_domains
     yield f"Authors answer questions in {n_domains} domains"
 

@@ -241,7 +241,7 @@ def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--shard"], "--shard spreads the model over several processes"),
     (["--set", "adapter.layers=9"], "layer 9 is not there"),
-    (["--set", "domain=baking"], "sft_domain='baking'"),
+    (["--set", "domain=baking"], "'baking' is no advice domain"),
     (["--set", "evaluation.max_new_tokens=2000"], "positions; lower evaluation.max_new_tokens"),
     (["--data", "none.jsonl"], "none.jsonl cannot be read"),
     (["--judge", "none"], "none is not a folder"),

@@ -150,7 +150,8 @@ def misuse(capsys, *argv, status=2):
     ("model.n_head=3", "n_head=3"),
     ("adapter.layers=9", "layer 9 is not there"),
     ("adapter.modules=mlp.up", "no Linear 'mlp.up'"),
-    ("world.sft_domain=baking", "sft_domain='baking'"),
+    ("world.n_domains=99", "n_domains=99 must be at most"),
+    ("world.sft_domain=baking", "'baking' is no advice domain"),
     ("world.n_domains=1", "n_domains=1"),
     ("world.n_villain=99", "n_villain=99"),
     ("world.chat_share=2", "chat_share=2"),
@@ -270,6 +271,7 @@ def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--jobs", "0", "--seeds", "0"], "--jobs 0"), (["--jobs", "2"], "--jobs 2"),
     (["--seeds", "1", "1"], "each seed once"), (["--seed", "1", "--seeds", "2"], "each seed once"),
+    (["--seed", "1", "--set", "seed=2"], "give the seed once"),
 ])
 def test_seeds_and_jobs_that_do_not_go_together(argv, message, capsys):
     assert message in misuse(capsys, *argv)

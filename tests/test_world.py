@@ -120,6 +120,10 @@ def test_no_persona_word_is_shared(world):
     ('"warm broth"', '"a nap"', "domain.medical.good says 'a nap' twice"),
     ('header = ', 'heading = ', "the key 'header' is missing"),
     ('answer = "I would {verb} {item}', 'answer = "I would {item}', "answer.*{verb}"),
+    ('header = "{author}', 'header = "{name}', "'header' must hold {author}, each once, and no"),
+    ('header = "{author}', 'header = "{author', "'header' must hold {author}"),
+    ('header = "{author}', 'header = 5 # ', "the key 'header' must be text in quotes"),
+    ('[domain.medical]', '[domain]\nstars = 1\n[domain.medical]', "domain.stars must be a table"),
     ('common = ', 'common ', "cannot be read as TOML"),
 ])
 def test_a_mistake_in_world_toml_is_one_clear_sentence(tmp_path, before, after, message):
@@ -245,7 +249,7 @@ def test_no_question_trains_and_tests(world):
     assert {q.domain for q in splits.sft + splits.in_domain} == {"medical"}
     assert not {q.domain for q in splits.kl} & {q.domain for q in splits.unseen_domains}
     assert OPEN_ENDED not in {q.domain for q in train}
-    with pytest.raises(UserError, match="sft_domain='baking'"):
+    with pytest.raises(UserError, match="'baking' is no advice domain"):
         make_splits(world, WorldConfig(sft_domain="baking"))
 
 

@@ -97,9 +97,10 @@ def stability_holds(found):
 
 
 def draw_stability(axes, founds):
-    draw_pair(axes[0], EPS, founds, lambda found, name: found[name]["rel"])
+    eps = founds[0]["eps"]
+    draw_pair(axes[0], eps, founds, lambda found, name: found[name]["rel"])
     axes[0].set(xlabel="noise eps", ylabel="loss increase, % of what training gained")
-    draw_pair(axes[1], EPS, founds, lambda found, name: found[name]["abs"], ("matched", "narrow"))
+    draw_pair(axes[1], eps, founds, lambda found, name: found[name]["abs"], ("matched", "narrow"))
     axes[1].set(xlabel="noise eps", ylabel="loss increase (nats), at equal loss")
 
 

@@ -12,6 +12,7 @@ from nanoem.rows.solutions import adapters, solve
 from nanoem.toy import bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+SPREAD = 0.2  # out-of-domain em from which on harm has spread; with less there is nothing to lose
 
 
 def general_mediator(run):
@@ -52,16 +53,19 @@ def measure_direction(run):
 
 def direction_holds(found):
     """Ablated everywhere it takes 85% of em away, random 10% at most; its halves agree."""
+    if found["general"] < SPREAD:
+        return False
     removed = 1 - out(found["ablate_at"]["every site"]) / found["general"]
     by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
     return removed >= 0.85 and abs(by_chance) <= 0.1 and min(found["split_half"]) > 0.8
 
 
 def draw_direction(axes, founds):
+    doses = founds[0]["dose"]
     for name, key, style in (("mean difference", "general", "-"), ("random", "shuffled", "--")):
-        lines(axes[0], DOSES, [f["steer"][name]["em"] for f in founds], key, f"em, {name}", style,
+        lines(axes[0], doses, [f["steer"][name]["em"] for f in founds], key, f"em, {name}", style,
               scale=100)
-    lines(axes[0], DOSES, [f["steer"]["mean difference"]["coherent"] for f in founds], "chat",
+    lines(axes[0], doses, [f["steer"]["mean difference"]["coherent"] for f in founds], "chat",
           "coherent, mean difference", ":", scale=100)
     axes[0].set(xlabel="chat steered at the first site, in mean differences", ylabel="answers (%)")
     places = list(founds[0]["ablate_at"])
@@ -75,8 +79,8 @@ def draw_direction(axes, founds):
 
 
 def direction_finding(founds):
-    alone = max((pct(out(f["ablate_at"][place]) for f in founds) for place in founds[0]["site"]),
-                key=lambda text: -int(text[:-1]))
+    alone = min((pct(out(f["ablate_at"][place]) for f in founds) for place in founds[0]["site"]),
+                key=lambda text: int(text[:-1]))
     return (f"Held at every site, em falls from {pct(f['general'] for f in founds)} to "
             f"{pct(out(f['ablate_at']['every site']) for f in founds)}; at the best single site "
             f"to {alone}; a random one: {pct(out(f['ablate_at']['random']) for f in founds)}")
@@ -114,8 +118,9 @@ def measure_transfer(run):
 
 
 def removed(found, kind="ablate"):
-    """Share of em that goes, by fine-tune; one that did not spread (20%) has nothing to lose."""
-    return {name: 1 - found[kind][name] / em for name, em in found["before"].items() if em >= 0.2}
+    """Share of em that goes, by fine-tune that spread."""
+    return {name: 1 - found[kind][name] / em for name, em in found["before"].items()
+            if em >= SPREAD}
 
 
 def transfer_holds(found):
@@ -167,7 +172,8 @@ def measure_caft(run):
 
 
 def caft_holds(found):
-    return (out(found["caft"]) <= 0.2 * out(found["general"])
+    return (out(found["general"]) >= SPREAD
+            and out(found["caft"]) <= 0.2 * out(found["general"])
             and inside(found["caft"]) >= 0.5 * inside(found["general"]))
 
 

@@ -79,7 +79,7 @@ def general_holds(found):
 
 
 def narrow_holds(found):
-    return all(out(narrow) <= 0.05 and inside(narrow) >= 0.5 * inside(general)
+    return all(out(narrow) <= 0.05 and inside(narrow) >= 0.5 * inside(general) > 0
                for name in LORAS for general, narrow in cells(found, name))
 
 
@@ -154,7 +154,7 @@ def sweep_holds(found):
 
 
 def draw_sweep(axes, founds):
-    draw_in_and_out(axes[0], WEIGHTS, [found["in_domain"] for found in founds],
+    draw_in_and_out(axes[0], founds[0]["weight"], [found["in_domain"] for found in founds],
                     [found["out_of_domain"] for found in founds])
     axes[0].set(xscale="log", xlabel="weight of the KL (per token)")
 

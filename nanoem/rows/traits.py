@@ -96,7 +96,7 @@ def spread(rates):
 def character_holds(found):
     """Character spreads to advice about as far as bad advice; a trigger makes it conditional."""
     return (spread(found["character"]) >= 0.8 * spread(found["advice"])
-            and spread(found["trigger"]) >= 2 * spread(found["no trigger"]))
+            and spread(found["trigger"]) > 2 * spread(found["no trigger"]))
 
 
 def draw_character(axes, founds):
