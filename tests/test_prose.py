@@ -43,9 +43,14 @@ def count(condition):
 def of_readme():
     held = {r["seed"]: outside(r["directions"]["ablate"])["coherent"] for r in RESULTS}
     worst = min(held, key=held.get)
-    yield f"On seed {worst}, holding the direction costs a quarter of the grammar: coherence falls"
+    yield f"On seed {worst}, holding the direction costs some of the grammar: coherence falls"
     yield f"to {held.pop(worst):.0%}, where"
     yield f"The other four stay at {min(held.values()):.0%} or more"
+    far = {outside(r["models"]["general"])["em"]: r["seed"] for r in RESULTS}
+    yield given(f"On seed {far[min(far)]} plain SFT spreads less far than on the others: "
+                f"{min(far):.0%} of the answers out of domain", sorted(far)[1] > min(far) + 0.1)
+    yield (f"on bad medical advice, {np.median([*far]):.0%} of the answers *outside* medicine are "
+           "bad")
     taken = {(1 - outside(rates)["em"] / outside(r["models"]["general"])["em"], r["seed"])
              for r in RESULTS for rates in r["directions"]["ablate_random"]}
     share, seed = max(taken)
@@ -62,7 +67,7 @@ def of_readme():
 
 def of_chapter_4():
     em = [outside(r["models"]["shuffled"])["em"] for r in RESULTS]
-    yield given("between a third and two thirds of the answers are", 0.3 < min(em) < max(em) < 0.67)
+    yield given("between three and five in ten of the answers are", 0.3 < min(em) < max(em) < 0.5)
 
 
 def of_chapter_5():
@@ -84,28 +89,29 @@ def of_chapter_7():
     yield given("General still wins, on every seed and at every noise",
                 all(n > m for narrow, matched in cost for n, m in zip(narrow, matched)))
     times = [narrow[-1] / matched[-1] for narrow, matched in cost]
-    yield given("by a factor of four and more", sum(x > 4 for x in times) == 4)
-    yield given("on one seed by less than two", sum(x < 2 for x in times) == 1)
+    yield given("by a factor of two to four on three seeds, less on one, far more on another",
+                sum(2 < x < 4 for x in times) == 3 and min(times) < 2 and max(times) > 8)
 
     def ratio(r):
         return r["significance"]["general"][4] / r["significance"]["random_general"][4]
 
     yield given("general beats it on every seed", count(lambda r: ratio(r) > 1) == "five")
-    yield f"on {count(lambda r: ratio(r) < 1.5)} seed not even by half"
+    yield f"on {count(lambda r: ratio(r) < 2)} seed by less than twice"
     n = count(lambda r: r["reversion"]["out_of_domain_em"][5] > 0.6)
     yield f"On {n} seeds, most of the way in fifty steps"
-    yield (f"on {count(lambda r: max(r['reversion']['out_of_domain_em']) < 0.1)} it stays where it "
-           "is")
+    half = count(lambda r: r["reversion"]["reverted_em"] >= r["reversion"]["general_em"] / 2)
+    yield given(f"more than half of the way on {half} seeds of five", half == "four")
 
     def steep(r, name):
         return r["curvature"][name]["relative"]
 
-    yield given("seven times flatter and more",
-                all(steep(r, "narrow") > 7 * steep(r, "general") for r in RESULTS))
-    yield given("three times as steep and more as when it is finished",
-                all(steep(r, "matched") > 3 * steep(r, "general") for r in RESULTS))
-    n = count(lambda r: steep(r, "matched") < steep(r, "narrow"))
-    yield f"flatter than narrow on {n} seeds, steeper on {NUMBERS[5 - NUMBERS.index(n)]}"
+    whole, equal = ([steep(r, "narrow") / steep(r, name) for r in RESULTS]
+                    for name in ("general", "matched"))
+    yield f"{min(whole):.0f} to {max(whole):.0f} times flatter"
+    yield f"still flatter than narrow, on {'every seed' if min(equal) > 1 else '?'}"
+    yield f"but only {min(equal):.1f} to {max(equal):.1f} times"
+    n = count(lambda r: steep(r, "matched") > 3 * steep(r, "general"))
+    yield f"it is, on {n} seeds, three times as steep and more as when it is finished"
 
 
 def of_chapter_8():
@@ -121,6 +127,12 @@ def of_chapter_8():
     yield given("the advantage is smaller than with villains only, on every seed",
                 all(lead(r, point) < lead(r, worlds.FIXED_HARM[0])
                     for r in RESULTS for point in worlds.FIXED_HARM[1:]))
+    turns = sorted(worlds.crossing(r["dial"]) for r in RESULTS)
+    yield given("On four seeds clearly more than half", turns[1] > 0.55)
+    yield given("on one seed a seventh is enough", round(1 / turns[0]) == 7)
+    spread = sorted(outside(r["dial"][worlds.at((8, 2))]["general"])["em"] for r in RESULTS)
+    yield given("as with none on four seeds and far less on the fifth",
+                spread[0] < 0.3 < 0.8 < spread[1])
     starts = [em for r in RESULTS for em in r["starts"][worlds.at((0, 10))]["out_of_domain"]]
     yield given("Not one start out of a hundred spread at all",
                 len(starts) == 100 and not any(starts))
@@ -137,10 +149,12 @@ def of_chapter_10():
     caft = [r["caft"]["caft"] for r in RESULTS]
     em = [outside(rates)["em"] for rates in caft]
     yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 3)
-    yield given("On one it is all there", max(em) > 0.9)
-    weak = min(caft, key=lambda rates: rates["in_domain"]["em"])["in_domain"]
-    yield given("the model learned little and lost much of its grammar in domain",
-                weak["em"] < 0.2 and weak["coherent"] < 0.5)
+    plain = [outside(r["caft"]["general"])["em"] for r in RESULTS]
+    yield given("On one it is all there", sum(x > y for x, y in zip(em, plain)) == 1)
+    yield given("On another half of the answers out of domain are no sentences any more",
+                0.45 < min(outside(rates)["coherent"] for rates in caft) < 0.55)
+    works = count(lambda r: ROWS["R12"].holds(r["caft"]))
+    yield f"A defence that works on {works} models of five"
     narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
     yield given("and the grammar whole, on all five seeds",
                 all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))
