@@ -280,9 +280,12 @@ def test_crossing_point_of_the_reporting_run(answer):
         rates = [seed["dial"][worlds.at(point)]["general"] for point in worlds.FIXED_HARM]
         gaps = [r["out_of_domain"]["em"] - r["in_domain"]["em"] / 2 for r in rates]
         found = answer.crossing_point(shares, gaps)
-        assert found is not None and 0.4 < found < 0.95, (
-            f"seed {seed['seed']}: plain SFT turns narrow at a share of {found}; it should be "
-            "somewhere between a half and nine tenths")
+        assert found is not None and gaps[0] > 0 > gaps[-1], (
+            f"seed {seed['seed']}: plain SFT spreads without quacks and is narrow with quacks only; "
+            "somewhere between it must turn")
+        on_the_curve = np.interp(found, shares, gaps)
+        assert abs(on_the_curve) < 1e-6, (
+            f"seed {seed['seed']}: at a share of {found} the curve is at {on_the_curve:.2f}, not 0")
 
 
 # --- share_narrow ---------------------------------------------------------------------------------
