@@ -17,8 +17,8 @@ import tokenizers
 import torch
 
 from nanoem import UserError, parallel
-from nanoem.checkpoint import read_json, write_file, write_json
 from nanoem.evaluate import Answer
+from nanoem.files import read_json, write_file, write_json
 from nanoem.world import Question, Verdict
 
 try:

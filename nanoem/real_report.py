@@ -5,7 +5,7 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 
-from nanoem.checkpoint import write_file
+from nanoem.files import write_file
 from nanoem.local_judge import agreement_lines, agreement_sentence
 from nanoem.plots import COLOURS, LABELS, finish_axes, leave_room_for_legend, save
 from nanoem.real import one_line

@@ -3,11 +3,11 @@
 from pathlib import Path
 from statistics import median
 
-from nanoem.checkpoint import write_file
+from nanoem.evaluate import GROUPS
+from nanoem.files import write_file
 from nanoem.plots import LABELS, draw_all, draw_row
 from nanoem.rows import ROWS
 
-COLUMNS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
 LIMITS = """This is a toy: a model of less than a million parameters that knows one template \
 sentence. Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism \
 in the open; it is no evidence about how often large models do this."""
@@ -34,7 +34,7 @@ def table(results):
     lines = [["em, % of answers", "in domain", "KL domains", "unseen domains", "open-ended",
               "coherent"]]
     for label, rates in rows_of(results):
-        em = [cell([r[group]["em"] for r in rates]) for group in COLUMNS]
+        em = [cell([r[group]["em"] for r in rates]) for group in GROUPS]
         lines.append([label, *em, cell([r["out_of_domain"]["coherent"] for r in rates])])
     return lines
 

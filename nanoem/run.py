@@ -18,8 +18,8 @@ if __name__ == "__main__":  # torch takes seconds to come: Ctrl-C shall end them
 import torch
 
 from nanoem import UserError, parallel, real_report, report
-from nanoem.checkpoint import write_json
 from nanoem.experiment import run_experiment
+from nanoem.files import write_json
 from nanoem.folder import hold
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
