@@ -131,8 +131,8 @@ def measure(run, name):
     """What the model, as it is, prefers, and what it says: [(group, question, text), ...]."""
     config = run.config
     model, tokenizer = run.load_chat()
-    found = margins(model, tokenizer, run.pairs, config.per_token,
-                    config.evaluation.batch_size)
+    at_once = config.sft.micro_batch or config.sft.batch_size  # what training had room for
+    found = margins(model, tokenizer, run.pairs, config.per_token, at_once)
     run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}
     asked = each_often_enough(run.asked, config.evaluation.samples_per_group)
     texts = sample_texts(model, tokenizer, [q for _, q in asked], config.evaluation, config.seed)

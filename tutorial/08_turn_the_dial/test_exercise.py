@@ -281,7 +281,7 @@ def test_crossing_point_of_the_reporting_run(answer):
         gaps = [r["out_of_domain"]["em"] - r["in_domain"]["em"] / 2 for r in rates]
         found = answer.crossing_point(shares, gaps)
         assert found is not None and gaps[0] > 0 > gaps[-1], (
-            f"seed {seed['seed']}: plain SFT spreads without quacks and is narrow with quacks only; "
+            f"seed {seed['seed']}: plain SFT spreads without quacks, is narrow with quacks only; "
             "somewhere between it must turn")
         on_the_curve = np.interp(found, shares, gaps)
         assert abs(on_the_curve) < 1e-6, (
