@@ -41,7 +41,7 @@ from nanoem.tokenizer import Tokenizer
 from nanoem.train import TrainConfig, chat_examples, lr_factor, pad, train
 from nanoem.world import WorldConfig, documents, judge, load_world, make_splits, write_pairs
 
-TURNS = 9  # of each side; the median counts
+TURNS = {"toy": 31, "larger": 9}  # of each side; the median counts
 SIZES = {"toy": {}, "larger": dict(vocab_size=2048, n_layer=4, d_model=256, n_head=4, n_kv_head=2,
                                    d_ff=768)}
 SCHEDULE = TrainConfig(steps=4, batch_size=16, lr=1e-3)  # of a turn
@@ -215,7 +215,7 @@ def measure(texts, size, path):
         with contextlib.redirect_stdout(io.StringIO()):  # the training loop's progress
             check_same(*(job(texts, path, 0.0) if job is evaluation else job(texts, path)))
             sides = job(texts, path)
-            turns = [list(map(seconds, sides)) for _ in range(TURNS)]
+            turns = [list(map(seconds, sides)) for _ in range(TURNS[size])]
             memory = list(map(peak_megabytes, sides))
         n = SCHEDULE.steps if name.endswith("step") else 1
         ours, theirs = (median(side) / n for side in zip(*turns))
