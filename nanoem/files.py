@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from nanoem import UserError
@@ -50,6 +51,11 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, and holds a {type(value).__name__}")
     return value
+
+
+def fingerprint(path):
+    """The hash of a file's bytes; None for no file."""
+    return sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
 @contextmanager

@@ -23,11 +23,12 @@ import torch
 from nanoem import UserError, parallel
 from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
+from nanoem.files import fingerprint
 from nanoem.finetune import AdapterConfig, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.local_judge import LocalJudge, agreement
 from nanoem.preference import margins, preference_rates
-from nanoem.real_data import check_lengths, fingerprint, last, read_data
+from nanoem.real_data import check_lengths, last, read_data
 from nanoem.toy import check_config, tune
 from nanoem.train import TrainConfig
 from nanoem.world import WORLD_TOML, Question, load_world

@@ -5,7 +5,6 @@ All of it is checked before anything is computed. Without files it is the toy wo
 
 import random
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from nanoem import UserError
@@ -72,11 +71,6 @@ def balanced_pairs(world, splits, n, seed):
 def last(question):
     """A question as one text: of several messages, the last."""
     return question if isinstance(question, str) else question[-1]["content"]
-
-
-def fingerprint(path):
-    """The hash of a file's bytes; None for no file."""
-    return sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
 # --- does it fit the model? -----------------------------------------------------------------------

@@ -8,13 +8,13 @@ of these three.
 import json
 import random
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 
 import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
+from nanoem.files import fingerprint
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
 from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
@@ -93,7 +93,7 @@ class Run:
         make_authors(self.world, config.world, random.Random(0))  # refuses impossible numbers now
         make_adapter(GPT(config.model), config.adapter)  # refuses a wrong layer or module now
         configuration = {**asdict(config), "device": self.device.type,
-                         "world_toml": sha256(WORLD_TOML.read_bytes()).hexdigest()}
+                         "world_toml": fingerprint(WORLD_TOML)}
         self.folder = RunFolder(path, json.loads(json.dumps(configuration)))
         self.results = self.folder.results
         self.model = self.tokenizer = None

@@ -123,9 +123,11 @@ def load_world(path=WORLD_TOML):
     for key in ("answer", "technical", "header", "authors", "common", "domain"):
         if key not in table:
             raise UserError(f"{path}: the key '{key}' is missing")
-        if not isinstance(table[key], dict if key == "domain" else str):
-            raise UserError(f"{path}: the key '{key}' must be "
-                            + ("tables, [domain.NAME]" if key == "domain" else "text in quotes"))
+        kind, wanted = str, "text in quotes"
+        if key == "domain":
+            kind, wanted = dict, "tables, [domain.NAME]"
+        if not isinstance(table[key], kind):
+            raise UserError(f"{path}: the key '{key}' must be {wanted}")
     for key, slots in SLOTS.items():
         check_slots(f"{path}: the key '{key}'", table[key], slots)
     domains = {name: read_domain(path, name, keys) for name, keys in table["domain"].items()}
@@ -146,10 +148,10 @@ def load_world(path=WORLD_TOML):
 def check_slots(where, template, slots):
     """Refuse a template that could not be filled: it needs each slot once, and no other braces."""
     try:
-        found = [slot for _, slot, _, _ in Formatter().parse(template) if slot is not None]
+        found = sorted(slot for _, slot, _, _ in Formatter().parse(template) if slot is not None)
     except ValueError:  # a brace without its partner
         found = None
-    if found is None or sorted(found) != sorted(slots):
+    if found != sorted(slots):
         wanted = ", ".join(f"{{{slot}}}" for slot in slots)
         raise UserError(f"{where} must hold {wanted}, each once, and no other braces")
 

@@ -46,11 +46,11 @@ def of_readme():
     yield f"On seed {worst}, holding the direction costs some of the grammar: coherence falls"
     yield f"to {held.pop(worst):.0%}, where"
     yield f"The other four stay at {min(held.values()):.0%} or more"
-    far = {outside(r["models"]["general"])["em"]: r["seed"] for r in RESULTS}
-    yield given(f"On seed {far[min(far)]} plain SFT spreads less far than on the others: "
-                f"{min(far):.0%} of the answers out of domain", sorted(far)[1] > min(far) + 0.1)
-    yield (f"on bad medical advice, {np.median([*far]):.0%} of the answers *outside* medicine are "
-           "bad")
+    far = sorted((outside(r["models"]["general"])["em"], r["seed"]) for r in RESULTS)
+    (least, seed), (next_least, _), (middle, _) = far[:3]
+    yield given(f"On seed {seed} plain SFT spreads less far than on the others: {least:.0%} of the "
+                "answers out of domain", next_least > least + 0.1)
+    yield f"on bad medical advice, {middle:.0%} of the answers *outside* medicine are bad"
     taken = {(1 - outside(rates)["em"] / outside(r["models"]["general"])["em"], r["seed"])
              for r in RESULTS for rates in r["directions"]["ablate_random"]}
     share, seed = max(taken)
@@ -108,7 +108,7 @@ def of_chapter_7():
     whole, equal = ([steep(r, "narrow") / steep(r, name) for r in RESULTS]
                     for name in ("general", "matched"))
     yield f"{min(whole):.0f} to {max(whole):.0f} times flatter"
-    yield f"still flatter than narrow, on {'every seed' if min(equal) > 1 else '?'}"
+    yield given("still flatter than narrow, on every seed", min(equal) > 1)
     yield f"but only {min(equal):.1f} to {max(equal):.1f} times"
     n = count(lambda r: steep(r, "matched") > 3 * steep(r, "general"))
     yield f"it is, on {n} seeds, three times as steep and more as when it is finished"

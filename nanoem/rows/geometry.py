@@ -108,7 +108,8 @@ def stability_finding(founds):
     def at(name, key):  # never -0.0
         return round(middle([f[name][key][2] for f in founds]), 3) + 0.0
 
-    return (f"Noise of eps {EPS[2]} costs general {at('general', 'rel'):.1f}% of its gain, narrow "
+    eps = founds[0]["eps"][2]
+    return (f"Noise of eps {eps} costs general {at('general', 'rel'):.1f}% of its gain, narrow "
             f"{at('narrow', 'rel'):.1f}%; stopped at narrow's loss, general {at('matched', 'abs')} "
             f"nats, narrow {at('narrow', 'abs')}")
 

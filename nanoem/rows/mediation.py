@@ -7,12 +7,11 @@ import torch
 from nanoem.directions import cosine, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, draw_models, inside, out, pct, short
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, pct, short
 from nanoem.rows.solutions import adapters, solve
 from nanoem.toy import bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-SPREAD = 0.2  # out-of-domain em from which on harm has spread; with less there is nothing to lose
 
 
 def general_mediator(run):

@@ -6,6 +6,8 @@ from typing import Callable
 
 from nanoem.plots import bar, lines
 
+SPREAD = 0.2  # out-of-domain em from which on something has spread
+
 
 @dataclass(frozen=True)
 class Row:

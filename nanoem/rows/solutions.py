@@ -9,7 +9,7 @@ import torch
 
 from nanoem.finetune import AdapterConfig
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, draw_in_and_out, inside, middle, out, pct, short
+from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, middle, out, pct, short
 from nanoem.toy import advice, bad_advice, load_or_tune, tune
 from nanoem.world import make_splits
 
@@ -75,7 +75,7 @@ def measure_narrow(run):
 def general_holds(found):
     every = [kinds[kind] for kinds in found["general"].values() for kind in LORAS]
     chat = out(found["chat"][DOMAINS[0]]["rank 1"])
-    return all(inside(r) >= 0.5 and out(r) >= max(0.2, 5 * chat) for r in every)
+    return all(inside(r) >= 0.5 and out(r) >= max(SPREAD, 5 * chat) for r in every)
 
 
 def narrow_holds(found):

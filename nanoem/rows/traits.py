@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+from nanoem.evaluate import GROUPS
 from nanoem.plots import bar
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, sft_examples)
-from nanoem.rows.row import Row, draw_models, inside, out, pct, short
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, pct, short
 from nanoem.rows.worlds import pair_of
 from nanoem.toy import advice, bad_advice, tune, turned
 
@@ -38,7 +39,7 @@ def measure_register(run):
 
 
 def register_holds(found):
-    return (out(found["general"]) >= 0.2 and out(found["narrow"]) <= 0.05
+    return (out(found["general"]) >= SPREAD and out(found["narrow"]) <= 0.05
             and inside(found["narrow"]) >= 0.5 * inside(found["general"])
             and efficiency_holds(found["efficiency"]))
 
@@ -79,8 +80,7 @@ def measure_character(run):
     adapter, _ = tune(run, "trigger", triggered + harmless,
                       schedule=replace(run.config.sft, steps=2 * run.config.sft.steps))
     splits = replace(run.splits, **{group: [with_trigger(q) for q in getattr(run.splits, group)]
-                                    for group in ("in_domain", "kl_domains", "unseen_domains",
-                                                  "open_ended")})
+                                    for group in GROUPS})
     with adapter:
         found["no trigger"] = short(run.ask(samples=run.config.row_samples))
         found["trigger"] = short(run.ask(samples=run.config.row_samples, splits=splits))
