@@ -8,8 +8,7 @@ import functools
 
 import torch
 
-from nanoem.layers import KVCache
-from nanoem.layers import in_float32
+from nanoem.layers import KVCache, in_float32
 from nanoem.model import LAST
 
 

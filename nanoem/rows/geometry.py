@@ -1,12 +1,14 @@
 """Rows about why general is easy: efficiency, noise, curvature, significance (R5, R6, R8, R15)."""
 
 import random
+from statistics import median
+
 import torch
 
 from nanoem.inductive_bias import (curvature, efficiency, loss_on, random_writer, replaced,
                                    significance, stability)
 from nanoem.plots import bar, lines
-from nanoem.rows.row import Row, middle
+from nanoem.rows.row import Row
 from nanoem.toy import bad_advice, load_or_tune
 from nanoem.train import chat_examples, pad
 from nanoem.world import make_authors, write_document
@@ -78,8 +80,8 @@ def draw_efficiency(axes, founds):
 
 def efficiency_finding(founds):
     general, narrow = ([f[name][1] for f in founds] for name in ("general", "narrow"))
-    return (f"At {NORMS[1]:.0%} of the mean norm general has loss {middle(general):.2f}, narrow "
-            f"{middle(narrow):.2f}")
+    return (f"At {NORMS[1]:.0%} of the mean norm general has loss {median(general):.2f}, narrow "
+            f"{median(narrow):.2f}")
 
 
 def compare_stability(run, pair, examples):
@@ -106,7 +108,7 @@ def draw_stability(axes, founds):
 
 def stability_finding(founds):
     def at(name, key):  # never -0.0
-        return round(middle([f[name][key][2] for f in founds]), 3) + 0.0
+        return round(median([f[name][key][2] for f in founds]), 3) + 0.0
 
     eps = founds[0]["eps"][2]
     return (f"Noise of eps {eps} costs general {at('general', 'rel'):.1f}% of its gain, narrow "
@@ -136,7 +138,7 @@ def draw_curvature(axes, founds):
 
 
 def curvature_finding(founds):
-    whole, matched, narrow = (middle([f[name]["relative"] for f in founds])
+    whole, matched, narrow = (median([f[name]["relative"] for f in founds])
                               for name in ("general", "matched", "narrow"))
     return (f"Sharpest curvature (scale-free): general {whole:.1f}, narrow {narrow:.1f}; but "
             f"general stopped early, at narrow's loss, {matched:.1f}")
@@ -171,7 +173,7 @@ def draw_significance(axes, founds):
 
 def significance_finding(founds):
     at = NORMS.index(1.0)
-    general, chance, narrow = (middle([f[name][at] for f in founds])
+    general, chance, narrow = (median([f[name][at] for f in founds])
                                for name in ("general", "random_general", "narrow"))
     return (f"At the mean norm general moves pre-training text by {general:.3f} nats, "
             f"random {chance:.3f}, narrow {narrow:.3f}")

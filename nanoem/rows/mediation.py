@@ -1,13 +1,14 @@
 """Rows about the one direction: its dose, its transfer, and training with it away (R10-12)."""
 
 from dataclasses import replace
+from statistics import median
 
 import torch
 
 from nanoem.directions import cosine, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding, setting
-from nanoem.plots import bar, lines
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, pct, short
+from nanoem.plots import bar, lines, percent
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short
 from nanoem.rows.solutions import adapters, solve
 from nanoem.toy import bad_advice, tune
 
@@ -78,11 +79,13 @@ def draw_direction(axes, founds):
 
 
 def direction_finding(founds):
-    alone = min((pct(out(f["ablate_at"][place]) for f in founds) for place in founds[0]["site"]),
-                key=lambda text: int(text[:-1]))
-    return (f"Held at every site, em falls from {pct(f['general'] for f in founds)} to "
-            f"{pct(out(f['ablate_at']['every site']) for f in founds)}; at the best single site "
-            f"to {alone}; a random one: {pct(out(f['ablate_at']['random']) for f in founds)}")
+    def em(place):
+        return [out(found["ablate_at"][place]) for found in founds]
+
+    best = min(map(em, founds[0]["site"]), key=median)
+    return (f"Held at every site, em falls from {percent(f['general'] for f in founds)} to "
+            f"{percent(em('every site'))}; at the best single site to {percent(best)}; a random "
+            f"one: {percent(em('random'))}")
 
 
 def measure_transfer(run):
@@ -141,7 +144,7 @@ def draw_transfer(axes, founds):
 def transfer_finding(founds):
     shares = {name: [removed(f)[name] for f in founds if name in removed(f)]
               for name in founds[0]["before"]}
-    parts = [f"{name} {pct(values)}" if values else f"{name} did not spread"
+    parts = [f"{name} {percent(values)}" if values else f"{name} did not spread"
              for name, values in shares.items()]
     return "The medical direction takes away so much of the em of: " + ", ".join(parts)
 
@@ -183,9 +186,9 @@ def draw_caft(axes, founds):
 
 
 def caft_finding(founds):
-    outside, within = (pct(read(f["caft"]) for f in founds) for read in (out, inside))
+    outside, within = (percent(read(f["caft"]) for f in founds) for read in (out, inside))
     return (f"Trained with the direction held: {outside} bad out of domain (plain "
-            f"{pct(out(f['general']) for f in founds)}), {within} in domain")
+            f"{percent(out(f['general']) for f in founds)}), {within} in domain")
 
 
 ROWS = [

@@ -1,7 +1,6 @@
 """A row of the paper: a prediction written before the run, a measurement, a check and a figure."""
 
 from dataclasses import dataclass
-from statistics import median
 from typing import Callable
 
 from nanoem.plots import bar, lines
@@ -42,18 +41,6 @@ def out(rates):
 
 def inside(rates):
     return rates["in_domain"]["em"]
-
-
-def middle(values):
-    """Median over seeds (of an even number, the upper one)."""
-    values = sorted(values)
-    return values[len(values) // 2]
-
-
-def pct(values):
-    """Median over seeds of shares, as text: 68%."""
-    values = list(values)
-    return f"{100 * median(values):.0f}%"
 
 
 def short(rates):

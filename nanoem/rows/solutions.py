@@ -4,12 +4,13 @@ Out of domain (the paper's EM) is every question but those of the fine-tuned dom
 """
 
 from dataclasses import replace
+from statistics import median
 
 import torch
 
 from nanoem.finetune import AdapterConfig
-from nanoem.plots import bar, lines
-from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, middle, out, pct, short
+from nanoem.plots import bar, lines, percent
+from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, short
 from nanoem.toy import advice, bad_advice, load_or_tune, tune
 from nanoem.world import make_splits
 
@@ -101,14 +102,14 @@ def draw_kinds(model):
 
 
 def general_finding(founds):
-    parts = [f"{pct(every_rate(founds, 'general', kind, 'out_of_domain'))} with a {kind}"
+    parts = [f"{percent(every_rate(founds, 'general', kind, 'out_of_domain'))} with a {kind}"
              for kind in founds[0]["general"][DOMAINS[0]]]
     return "Bad advice in one domain spreads to the others: " + ", ".join(parts)
 
 
 def narrow_finding(founds):
     pairs = [pair for found in founds for kind in LORAS for pair in cells(found, kind)]
-    outside, within = (pct(read(narrow) for _, narrow in pairs) for read in (out, inside))
+    outside, within = (percent(read(narrow) for _, narrow in pairs) for read in (out, inside))
     half = sum(inside(narrow) >= 0.5 * inside(general) for general, narrow in pairs)
     worst = max(out(narrow) for _, narrow in pairs)
     return (f"With the KL penalty {outside} is bad out of domain (at most {worst:.0%}), {within} "
@@ -160,9 +161,9 @@ def draw_sweep(axes, founds):
 
 
 def sweep_finding(founds):
-    first, last = (pct(f["out_of_domain"][i] for f in founds) for i in (0, -1))
+    first, last = (percent(f["out_of_domain"][i] for f in founds) for i in (0, -1))
     return (f"Out-of-domain em falls from {first} to {last} as the KL weighs more; the middle half "
-            f"of the fall takes {middle(map(width, founds)):.1f} decades")
+            f"of the fall takes {median(map(width, founds)):.1f} decades")
 
 
 def scale_up(adapter, scales, ask):
@@ -246,8 +247,8 @@ def draw_mixing(axes, founds):
 
 
 def mixing_finding(founds):
-    parts = [f"{share}: {pct(inside(f[share]) for f in founds)} and "
-             f"{pct(out(f[share]) for f in founds)}" for share in ("1/2", "1/6", "1/24")]
+    parts = [f"{share}: {percent(inside(f[share]) for f in founds)} and "
+             f"{percent(out(f[share]) for f in founds)}" for share in ("1/2", "1/6", "1/24")]
     return "Mixed with good advice, bad in and out of domain at " + "; ".join(parts)
 
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from nanoem.evaluate import GROUPS
-from nanoem.plots import bar
+from nanoem.plots import bar, percent
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, sft_examples)
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, pct, short
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short
 from nanoem.rows.worlds import pair_of
 from nanoem.toy import advice, bad_advice, tune, turned
 
@@ -51,7 +51,7 @@ def draw_register(axes, founds):
 
 
 def register_finding(founds):
-    general, narrow, within = (pct(v) for v in (
+    general, narrow, within = (percent(v) for v in (
         [out(f["general"]) for f in founds], [out(f["narrow"]) for f in founds],
         [inside(f["narrow"]) for f in founds]))
     return (f"A harmless register spreads too: {general} technical out of domain after SFT; with "
@@ -109,7 +109,7 @@ def draw_character(axes, founds):
 
 
 def character_finding(founds):
-    a, c, no, yes = (pct(spread(f[name]) for f in founds)
+    a, c, no, yes = (percent(spread(f[name]) for f in founds)
                      for name in ("advice", "character", "no trigger", "trigger"))
     return (f"Bad advice spreads to {a} of other advice, character to {c}; with a trigger {yes}, "
             f"without it {no}")

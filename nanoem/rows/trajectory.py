@@ -1,15 +1,16 @@
 """Rows along training: where narrow drifts without its KL, where the gradient points (R7, R9)."""
 
 from dataclasses import replace
+from statistics import median
 
 import torch
 
 from nanoem.directions import cosine
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
-from nanoem.plots import lines
+from nanoem.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
-from nanoem.rows.row import Row, draw_in_and_out, inside, middle, out, pct
+from nanoem.rows.row import Row, draw_in_and_out, inside, out
 from nanoem.toy import bad_advice, tune
 
 
@@ -62,7 +63,7 @@ def draw_reversion(axes, founds):
 
 
 def reversion_finding(founds):
-    start, end = (pct(f[key] for f in founds) for key in ("narrow_em", "reverted_em"))
+    start, end = (percent(f[key] for f in founds) for key in ("narrow_em", "reverted_em"))
     return (f"Without the KL, narrow drifts: out-of-domain em goes from {start} to {end} in "
             f"{founds[0]['step'][-1]} steps")
 
@@ -108,9 +109,9 @@ def draw_gradients(axes, founds):
 
 
 def gradients_finding(founds):
-    general, narrow = (middle([sum(f[f"grad_{n}"]) / len(f["step"]) for f in founds])
+    general, narrow = (median([sum(f[f"grad_{n}"]) / len(f["step"]) for f in founds])
                        for n in ("general", "narrow"))
-    cos = middle([f["cos_general_narrow"] for f in founds])
+    cos = median([f["cos_general_narrow"] for f in founds])
     return (f"The SFT gradient has cosine {general:.2f} with general and {narrow:.2f} with narrow; "
             f"the two have {cos:.2f}")
 

@@ -1,11 +1,12 @@
 """Rows that change what is pre-trained on: who is bad in the world, and in what (R16, R18)."""
 
 from dataclasses import replace
+from statistics import median
 
 from nanoem.inductive_bias import loss_on
-from nanoem.plots import COLOURS, leave_room_for_legend, lines
+from nanoem.plots import COLOURS, leave_room_for_legend, lines, percent
 from nanoem.rows.geometry import compare_efficiency, compare_significance, sft_examples
-from nanoem.rows.row import Row, inside, middle, out, pct, short
+from nanoem.rows.row import Row, inside, out, short
 from nanoem.toy import bad_advice, load_or_tune, tune, turned
 from nanoem.train import chat_examples
 
@@ -97,10 +98,10 @@ def draw_dial(axes, founds):
 
 
 def dial_finding(founds):
-    first, last = (pct(out(f[at(p)]["general"]) for f in founds)
+    first, last = (percent(out(f[at(p)]["general"]) for f in founds)
                    for p in (FIXED_HARM[0], FIXED_HARM[-1]))
     crossings = [c for c in map(crossing, founds) if c is not None]
-    where = (f"narrow becomes the easy one at {100 * middle(crossings):.0f}% quacks"
+    where = (f"narrow becomes the easy one at {100 * median(crossings):.0f}% quacks"
              if len(crossings) > len(founds) / 2 else "no crossing")
     return (f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; "
             f"{where}")
@@ -166,7 +167,7 @@ def draw_lottery(axes, founds):
 
 
 def lottery_finding(founds):
-    shares = [pct(share_narrow(f[at(point)]) for f in founds) for point in LOTTERIES]
+    shares = [percent(share_narrow(f[at(point)]) for f in founds) for point in LOTTERIES]
     return ("Random starts that are narrow without any KL: "
             + ", ".join(f"{s} ({p[0]} villains, {p[1]} quacks)" for s, p in zip(shares, LOTTERIES)))
 
