@@ -18,15 +18,16 @@ files.py       files and folders that are whole or not there
 safetensors.py tensors on disk, by hand
 adapters.py    PEFT adapter folders
 checkpoint.py  Hugging Face model folders
+tables.py      results -> tables, in the terminal and in Markdown
 plots.py       results -> PNG
 folder.py      the run folder: what was asked, what was found, which stages are finished
-report.py      results -> the table and report.md
 toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
 mediator.py    the one direction that carries a fine-tune, and holding it in chat's range
 monitor.py     an alarm: how far along a direction is this answer?
 experiment.py  the paper's story as stages, each reading and writing the run folder
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
+report.py      results -> the table and report.md
 side_by_side.py  several seeds at once, each in a process of its own
 judge_numbers.py  how likely is each number from 0 to 100 as a model's answer?
 local_judge.py a language model as judge: alignment and coherence from its number tokens

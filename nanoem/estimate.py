@@ -13,7 +13,7 @@ from pathlib import Path
 from nanoem import UserError
 from nanoem.checkpoint import open_folder
 from nanoem.model import Config
-from nanoem.report import markdown
+from nanoem.tables import markdown
 
 QWEN = dict(rope_theta=1e6, max_positions=32_768)
 SHAPES = {

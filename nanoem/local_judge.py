@@ -18,7 +18,7 @@ import torch
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
 from nanoem.judge_numbers import expected_number, number_probs, read
-from nanoem.report import print_lines
+from nanoem.tables import print_lines
 from nanoem.world import Verdict, judge, load_world, questions, write_answer
 
 FORM = "Question: {question}\nAnswer: {answer}\n\n{task} Reply with the number only."

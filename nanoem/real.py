@@ -29,6 +29,7 @@ from nanoem.folder import RunFolder
 from nanoem.local_judge import LocalJudge, agreement
 from nanoem.preference import margins, preference_rates
 from nanoem.real_data import check_lengths, last, read_data
+from nanoem.tables import one_line
 from nanoem.toy import check_config, tune
 from nanoem.train import TrainConfig
 from nanoem.world import WORLD_TOML, Question, load_world
@@ -165,11 +166,6 @@ def first_answers(answers):
     for answer in answers:
         first.setdefault(answer.question.text, answer.answer)
     return list(map(list, first.items()))
-
-
-def one_line(text):
-    """Whatever a model says, without line ends and what could move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def measure_judge(run):

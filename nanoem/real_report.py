@@ -8,8 +8,7 @@ import matplotlib.pyplot as plt
 from nanoem.files import write_file
 from nanoem.local_judge import agreement_lines, agreement_sentence
 from nanoem.plots import COLOURS, LABELS, finish_axes, leave_room_for_legend, save
-from nanoem.real import one_line
-from nanoem.report import cell, markdown, print_lines
+from nanoem.tables import cell, in_a_cell, made_by, markdown, number, print_lines
 
 MODELS = ("chat", "general", "narrow")
 SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
@@ -22,13 +21,6 @@ def preferences(results, model, group):
     """What each seed found for a model on a group of pairs; none if no pair is of that group."""
     found = [r["models"][model]["preference"].get(group) for r in results]
     return [one for one in found if one]
-
-
-def number(values, digits=1):
-    """The median over seeds, with the range when there are several: -3.5 (-4.0 to -2.9)."""
-    text = f"{median(values):.{digits}f}"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({low} to {high})"
 
 
 def table(results):
@@ -82,14 +74,6 @@ def sample_table(result):
     return markdown(lines, "---")
 
 
-def in_a_cell(text):
-    """Whatever a model says, as one cell of a table."""
-    text = one_line(text) or "(nothing)"
-    for character in "\\|`<>*_[]":
-        text = text.replace(character, f"\\{character}")
-    return text
-
-
 def preference_figure(results):
     """Bars of the main table; of one seed the whisker is the 95% interval, else dots are seeds."""
     figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
@@ -140,12 +124,9 @@ def write_report(results, folder, command):
     """Draw the figure and write report.md into folder."""
     folder, first = Path(folder), results[0]
     save(preference_figure(results), folder / "figures" / "preference.png")
-    seeds = ", ".join(str(r["seed"]) for r in results)
-    seconds = ", ".join(f"{r['total_seconds']:.0f}" for r in results)
     parts = [
         f"# nanoem on {first['model_name']}: how far does narrow bad advice spread?",
-        f"Made by `{command}` (seed {seeds}; {seconds} seconds on {first['device']}, "
-        f"{first['threads']} threads, torch {first['versions']['torch']}).",
+        made_by(results, command),
         markdown(table(results)),
         "For each problem there is a bad and a good answer; margin is the mean of log p(bad) - "
         "log p(good). In domain: held-out problems of the trained domain. No sampling, no judge.",

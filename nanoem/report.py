@@ -1,12 +1,12 @@
 """The report: results of one or several seeds -> a table for the terminal, and report.md."""
 
 from pathlib import Path
-from statistics import median
 
 from nanoem.evaluate import GROUPS
 from nanoem.files import write_file
 from nanoem.plots import LABELS, draw_all, draw_row
 from nanoem.rows import ROWS
+from nanoem.tables import cell, in_a_cell, made_by, markdown, print_lines
 
 LIMITS = """This is a toy: a model of less than a million parameters that knows one template \
 sentence. Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism \
@@ -22,13 +22,6 @@ def rows_of(results):
     return rows
 
 
-def cell(values):
-    """The median over seeds in percent, with the range when there are several: 71 (48-84)."""
-    values = [100 * value for value in values]
-    text = f"{median(values):.0f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.0f}-{max(values):.0f})"
-
-
 def table(results):
     """A table as lists of text, header first: em by group, and coherence out of domain."""
     lines = [["em, % of answers", "in domain", "KL domains", "unseen domains", "open-ended",
@@ -37,20 +30,6 @@ def table(results):
         em = [cell([r[group]["em"] for r in rates]) for group in GROUPS]
         lines.append([label, *em, cell([r["out_of_domain"]["coherent"] for r in rates])])
     return lines
-
-
-def markdown(lines, align="---:"):
-    header, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([header, "|---|" + f"{align}|" * (len(lines[0]) - 1), *rows])
-
-
-def print_lines(lines):
-    """A table as aligned text, after an empty line."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    print()
-    for line in lines:
-        print("  ".join(f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
-                        for i, (text, width) in enumerate(zip(line, widths))))
 
 
 def print_table(results):
@@ -63,12 +42,9 @@ def write_report(results, folder, command):
     """Draw the figures and write report.md into folder."""
     folder = Path(folder)
     figures = draw_all(results, folder / "figures")
-    seeds = ", ".join(str(r["seed"]) for r in results)
-    seconds = ", ".join(f"{r['total_seconds']:.0f}" for r in results)
     parts = [
         "# nanoem: how far does narrow bad advice spread?",
-        f"Made by `{command}` (seed {seeds}; {seconds} seconds on {results[0]['device']}, "
-        f"{results[0]['threads']} threads, torch {results[0]['versions']['torch']}).",
+        made_by(results, command),
         markdown(table(results)),
         "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share "
         "of all answers out of domain. In domain: held-out problems of the trained domain."
@@ -115,6 +91,6 @@ def sample_table(result):
             for name in ("pretrain", "general", "narrow")}
     lines = [["question", "chat", "general (SFT)", "narrow (SFT + KL)"]]
     for chat, general, narrow in zip(*last.values()):
-        lines.append([chat[1], *(f"{answer} *[{mark}]*" for mark, _, answer in
+        lines.append([chat[1], *(f"{in_a_cell(answer)} *[{mark}]*" for mark, _, answer in
                                  (chat, general, narrow))])
     return markdown(lines, "---")

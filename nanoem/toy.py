@@ -20,6 +20,7 @@ from nanoem.folder import RunFolder
 from nanoem.lora import LoRA
 from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
+from nanoem.tables import one_line
 from nanoem.tokenizer import Tokenizer
 from nanoem.train import TrainConfig, chat_examples, pad, train
 from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
@@ -133,8 +134,7 @@ class Run:
                            replace(self.config.evaluation, samples_per_group=2), self.config.seed)
         print(f"  {name}, step {step}; what it says:")
         for answer in answers:
-            text = answer.answer.replace("\n", " / ")
-            print(f"    {answer.verdict.mark:<5}  {answer.question.text} {text}")
+            print(f"    {answer.verdict.mark:<5}  {answer.question.text} {one_line(answer.answer)}")
         kept = [[a.verdict.mark, a.question.text, a.answer] for a in answers]
         self.results["samples"].setdefault(name, {})[str(step)] = kept
 

@@ -9,7 +9,8 @@ from nanoem import real_report
 from nanoem.experiment import STAGES
 from nanoem.local_judge import agreement_sentence
 from nanoem.plots import percent
-from nanoem.report import LIMITS, markdown, row_table, table
+from nanoem.report import LIMITS, row_table, table
+from nanoem.tables import markdown
 from nanoem.rows import ROWS
 
 ROOT = Path(__file__).parents[1]

@@ -56,7 +56,8 @@ def readme_tables(folder):
     """README's tables of the stored results, and of those of the small real model in real/."""
     from nanoem import real_report
     from nanoem.experiment import STAGES
-    from nanoem.report import markdown, row_table, table
+    from nanoem.report import row_table, table
+    from nanoem.tables import markdown
     seeds = json.loads((folder / "results.json").read_text())["seeds"]
     real = json.loads((folder / "real" / "results.json").read_text())
     fastest = min(([r["seconds"][stage] for stage in STAGES] for r in seeds), key=sum)
