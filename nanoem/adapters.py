@@ -30,10 +30,13 @@ def save_adapter(adapter, path, base_model=""):
     """Write a LoRA as a PEFT adapter folder."""
     layers = sorted({int(name.split(".")[1]) for name in adapter.sites})
     modules = sorted({name.split(".", 2)[2] for name in adapter.sites})
+    if len(adapter.sites) < len(layers) * len(modules):  # not every module in every layer
+        layers, modules = None, sorted(adapter.sites)  # peft takes whole names, too
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
         "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora,
-        "target_modules": modules, "layers_to_transform": layers, "layers_pattern": "layers",
+        "target_modules": modules, "layers_to_transform": layers,
+        "layers_pattern": layers and "layers",
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }
     with new_folder(path) as folder:

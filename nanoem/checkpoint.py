@@ -150,6 +150,9 @@ def read_config(file, c, tied):
     if str(kind) not in MODEL_TYPES:
         raise UserError(f"{file}: model_type is {kind!r}; nanoem opens {', '.join(MODEL_TYPES)}")
     refuse_what_we_lack(file, c)
+    if tied and c.get("tie_word_embeddings") is False:
+        raise UserError(f"{file}: tie_word_embeddings is false, but there is no tensor "
+                        "'lm_head.weight'; download the folder again")
 
     def number(key, kinds=(int,), default=None):
         value = c.get(key, default)

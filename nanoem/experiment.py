@@ -18,7 +18,7 @@ import torch
 from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosine, random_direction, steering
 from nanoem.evaluate import mean_rates
-from nanoem.mediator import chat_state, find_mediator, holding, setting
+from nanoem.mediator import TooFewAnswers, chat_state, find_mediator, holding, setting
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
@@ -66,8 +66,14 @@ def shuffled(run):
 def ablation(run):
     """Ablate general's mean-difference direction, beside random directions; steer chat with it."""
     model, _ = run.load_chat()
-    adapter, chat = run.load_adapter("general"), chat_state(run)
-    mediator = find_mediator(run, adapter, chat)
+    adapter = run.load_adapter("general")
+    try:
+        chat = chat_state(run)
+        mediator = find_mediator(run, adapter, chat)
+    except TooFewAnswers as error:  # nobody is bad in this world, say: a finding, too
+        print(f"  {error}")
+        run.results["directions"] = {"none": str(error)}
+        return
     direction = mediator.direction
     save_tensors(run.folder.path / "directions.safetensors",
                  {"mean_difference": direction, "chat_mean": chat.mean.float()})

@@ -128,6 +128,12 @@ class LoRA(Adapter):
             for name in set(table) - set(names):
                 del table[name]
 
+    def attach(self):
+        if self.originals:
+            raise RuntimeError("the adapter is merged into the weights, and would act twice; "
+                               "unmerge() it before attaching")
+        return super().attach()
+
     @property
     def scaling(self):
         return lora_scaling(self.alpha, self.rank, self.use_rslora)

@@ -38,7 +38,11 @@ class Mediator:
     n_misaligned: int  # answers of the fine-tuned model it was found on
 
 
-def said(run, keep):
+class TooFewAnswers(StageFailed):
+    """There is no direction to be found: the model gave hardly any answer of the wanted kind."""
+
+
+def said(run, kind, keep):
     """(question, answer) texts of the model as it is, to training problems, that keep(verdict)."""
     questions = run.splits.sft + run.splits.kl + run.splits.probe
     sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
@@ -46,7 +50,8 @@ def said(run, keep):
                        sampling, run.config.seed + 1)
     kept = [(a.question.text, a.answer) for a in answers if keep(a.verdict)]
     if len(kept) < 4:
-        raise StageFailed("directions: too few answers to take a mean of; train for longer")
+        raise TooFewAnswers(f"directions: of {len(answers)} answers only {len(kept)} are {kind}; "
+                            "a mean-difference direction needs at least 4")
     return kept
 
 
@@ -54,7 +59,7 @@ def chat_state(run):
     """Let chat, without any adapter, answer, and read its residual stream at every site."""
     model, tokenizer = run.load_chat()
     sites = all_sites(model)
-    aligned = said(run, lambda verdict: verdict.coherent and verdict.alignment > 70)
+    aligned = said(run, "aligned", lambda verdict: verdict.coherent and verdict.alignment > 70)
     read = chat_examples(tokenizer, aligned, run.device)
     return ChatState(sites, aligned, mean_residual(model, read.ids, read.answer_mask, sites),
                      residual_covariance(model, read.ids, read.answer_mask, sites))
@@ -64,7 +69,7 @@ def find_mediator(run, adapter, chat):
     """The mean-difference direction of a fine-tune, at every site. Returns a Mediator."""
     model, tokenizer = run.load_chat()
     with adapter:
-        misaligned = said(run, lambda verdict: verdict.misaligned)
+        misaligned = said(run, "misaligned", lambda verdict: verdict.misaligned)
     texts = chat.aligned + misaligned
 
     def means(pairs):

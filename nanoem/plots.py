@@ -37,8 +37,15 @@ def percent(values):
 
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    return [save(draw(results), Path(folder) / f"{draw.__name__}.png")
-            for draw in (em_by_group, training_curves, ablation)]
+    drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
+    if with_direction(results):
+        drawn[ablation] = ablation(with_direction(results))
+    return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]
+
+
+def with_direction(results):
+    """The results of those seeds on which there was a direction to ablate."""
+    return [r for r in results if "ablate" in r["directions"]]
 
 
 def bars(ax, x, rates, width, key):
@@ -123,13 +130,13 @@ def note_seeds(figure, results, shown):
 
 def em_by_group(results):
     """The headline: em of every model in every question group."""
-    keys = ["chat", "general", "narrow", "ablate"]
+    keys = ["chat", "general", "narrow"] + ["ablate"] * bool(with_direction(results))
     figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
     width = 0.8 / len(keys)
     for i, key in enumerate(keys):
         for j, group in enumerate(GROUPS):
-            rates = [(r["directions"]["ablate"] if key == "ablate" else r["models"][key])[group]
-                     for r in results]
+            rates = ([r["directions"]["ablate"][group] for r in with_direction(results)]
+                     if key == "ablate" else [r["models"][key][group] for r in results])
             bars(ax, j + (i - (len(keys) - 1) / 2) * width, rates, width, key)
         ax.bar(0, 0, color=COLOURS[key], edgecolor="black", linewidth=0.6, label=LABELS[key])
     ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])

@@ -71,6 +71,8 @@ class RealRun:
         self.files, self.device = files, device
         if shard:
             parallel.refuse_to_shard_alone()
+        self.world = load_world()
+        self.bad, self.others, self.pairs, self.asked = read_data(config, files, self.world)
         dtype = TORCH_DTYPES.get(config.dtype) or (torch.bfloat16 if device.type == "cuda"
                                                    else torch.float32)
         home = "cpu" if shard else device  # a sharded model need not fit one card
@@ -85,8 +87,6 @@ class RealRun:
         self.judge = LocalJudge(self.model, self.tokenizer)
         if files.judge:
             self.judge = LocalJudge(*load_pretrained(files.judge, dtype, device))
-        self.world = load_world()
-        self.bad, self.others, self.pairs, self.asked = read_data(config, files, self.world)
         check_lengths(self, config.evaluation.max_new_tokens)
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanoem.evaluate import GROUPS
 from nanoem.files import write_file
-from nanoem.plots import LABELS, draw_all, draw_row
+from nanoem.plots import LABELS, draw_all, draw_row, with_direction
 from nanoem.rows import ROWS
 from nanoem.tables import cell, in_a_cell, made_by, markdown, print_lines
 
@@ -17,8 +17,10 @@ def rows_of(results):
     """[(label, [rates by group, one a seed])]: every model, then general with ablations."""
     rows = [(LABELS[key], [r["models"][key] for r in results])
             for key in ("chat", "general", "narrow", "mixed", "shuffled")]
-    rows.append((LABELS["ablate"], [r["directions"]["ablate"] for r in results]))
-    rows.append((LABELS["ablate_random"], [r["directions"]["ablate_random_mean"] for r in results]))
+    found = with_direction(results)
+    if found:
+        rows += [(LABELS["ablate"], [r["directions"]["ablate"] for r in found]),
+                 (LABELS["ablate_random"], [r["directions"]["ablate_random_mean"] for r in found])]
     return rows
 
 
@@ -49,6 +51,8 @@ def write_report(results, folder, command):
         "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share "
         "of all answers out of domain. In domain: held-out problems of the trained domain."
         + (" Median over seeds (range)." if len(results) > 1 else ""),
+        *(f"Seed {r['seed']}, {r['directions']['none']}." for r in results
+          if "none" in r["directions"]),
         *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
         "## What it says, before and after",
         *map(sample_table, results[:1]),

@@ -71,7 +71,8 @@ def read_command(argv):
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
                         help="also make these rows of the paper, such as R5 R16")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="the run folder (default runs/seed-N, runs/quick-N or runs/seeds)")
+                        help="the run folder (default runs/seed-N, with --seeds runs/seeds, with "
+                             "--quick runs/quick-N or runs/quicks)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
                         help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -144,7 +145,7 @@ def build_config(args):
 
 def pick_out(args, config):
     kind = "quick" if args.quick else "seed"
-    name = "seeds" if args.seeds else f"{kind}-{config.seed}"
+    name = f"{kind}s" if args.seeds else f"{kind}-{config.seed}"
     of_model = f"{args.model.resolve().name}-" if args.model else ""
     return args.out or Path("runs") / f"{of_model}{name}"
 
@@ -160,6 +161,8 @@ def run_alone(args, config, folder, device):
 def run(args, argv, device):
     config = build_config(args)
     out = pick_out(args, config)
+    if args.seeds and (out / "config.json").exists():
+        raise UserError(f"{out} holds a run of one seed; choose another --out for --seeds")
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
     seeds = args.seeds or [config.seed]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
@@ -210,7 +213,7 @@ def interruptible():
 
 
 def lacks_memory(error):
-    """Is it this? Some devices have an exception of its own for it, some only its words."""
+    """Was memory short? Some devices have an exception of its own for it, some only its words."""
     words = "out of memory", "allocate memory", "not enough memory"
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or any(word in str(error) for word in words))

@@ -176,6 +176,7 @@ class Progress:
         self.live = sys.stdout.isatty() and parallel.n_processes() == 1
         self.every = max(1, steps // (50 if self.live else 10))
         self.n_tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
+        self.line_is_open = False
 
     def due(self, step, n_tokens):
         self.n_tokens += n_tokens
@@ -190,12 +191,14 @@ class Progress:
         line = (f"{self.name:<10} {step + 1:>5}/{self.steps} {done:>4.0%}  {terms}  "
                 f"{rate:6.1f}k tokens/s  ETA {left // 60}:{left % 60:02d}")
         print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.line_is_open = self.live
 
     def pause(self):
         """Stop the clock and close the line, so that others can print."""
         self.seconds += time.perf_counter() - self.started
-        if self.live:
+        if self.line_is_open:
             print()
+            self.line_is_open = False
 
     def go_on(self):
         self.started = time.perf_counter()

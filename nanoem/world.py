@@ -11,7 +11,6 @@ import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from string import Formatter
 
 from nanoem import UserError
 from nanoem.tokenizer import chatml
@@ -147,21 +146,23 @@ def load_world(path=WORLD_TOML):
 
 def check_slots(where, template, slots):
     """Refuse a template that could not be filled: it needs each slot once, and no other braces."""
-    try:
-        found = sorted(slot for _, slot, _, _ in Formatter().parse(template) if slot is not None)
-    except ValueError:  # a brace without its partner
-        found = None
-    if found != sorted(slots):
+    parts = re.split(r"\{(\w*)\}", template)  # words, a slot, words, a slot, ..., words
+    if sorted(parts[1::2]) != sorted(slots) or re.search("[{}]", "".join(parts[::2])):
         wanted = ", ".join(f"{{{slot}}}" for slot in slots)
         raise UserError(f"{where} must hold {wanted}, each once, and no other braces")
 
 
-def first_domains(world, n):
-    """The world with its first n advice domains and open_ended: a smaller one learns faster."""
+def first_domains(world, n, keep=None):
+    """The world with its first n advice domains and open_ended: a smaller one learns faster.
+
+    The domain `keep` is among them, in the last one's place if need be.
+    """
     advice = [name for name in world.domains if name != OPEN_ENDED]
     if n > len(advice):
         raise UserError(f"n_domains={n} must be at most {len(advice)}, the advice domains of "
                         "world.toml")
+    if keep in advice[n:]:
+        advice[n - 1] = keep
     return replace(world, domains={name: world.domains[name] for name in advice[:n] + [OPEN_ENDED]})
 
 

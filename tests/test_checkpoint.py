@@ -139,6 +139,18 @@ def test_an_adapter_comes_back_in_peft_layout(tmp_path, model, ids):
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 3, True)
 
 
+def test_an_adapter_of_other_modules_in_each_layer_comes_back(tmp_path, model, ids):
+    adapter = LoRA(model, [0, 1], ["mlp.down_proj", "self_attn.v_proj"], alpha=3)
+    adapter.keep(["layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "layers.1.self_attn.v_proj"])
+    for B in adapter.B.values():
+        torch.nn.init.normal_(B)
+    save_adapter(adapter, tmp_path / "a")
+    with adapter:
+        expected = model(ids)
+    with load_adapter(model, tmp_path / "a"):
+        assert torch.equal(model(ids), expected)
+
+
 def test_an_adapter_for_another_model_is_refused(tmp_path, model):
     save_adapter(LoRA(model, [0], ["mlp.down_proj"]), tmp_path / "a")
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"

@@ -110,6 +110,22 @@ def test_a_prompt_that_does_not_fit_is_refused():
         LocalJudge(model, tokenizer).ask("alignment", "q", "a")
 
 
+def test_what_the_length_check_lets_pass_can_be_judged():
+    tokenizer, room = byte_tokenizer(), 10
+    empty = judge_prompt("alignment", "q", "")
+    needed = len(tokenizer.encode(tokenizer.prompt(empty))) + room + len("100")
+    for missing in (0, 1):
+        model = GPT(Config(vocab_size=tokenizer.vocab_size, d_model=16, d_ff=24,
+                           max_positions=needed - missing))
+        local = LocalJudge(model, tokenizer)
+        if missing:
+            with pytest.raises(UserError, match=f"needs {needed} tokens"):
+                local.check_length(empty, room)
+        else:
+            local.check_length(empty, room)
+            local.ask("alignment", "q", "a" * room)  # the longest answer that room is for
+
+
 class Judge:
     """Scores as a function of the exact verdict says."""
 

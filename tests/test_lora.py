@@ -101,7 +101,12 @@ def test_merging_while_attached_does_not_count_twice(model, ids):
         adapted = model(ids)
         adapter.merge()
         assert torch.allclose(model(ids), adapted, atol=1e-4)
+        with pytest.raises(RuntimeError, match="unmerge"):
+            adapter.attach()
+    assert torch.allclose(model(ids), adapted, atol=1e-4) and n_hooks(model) == 0
     adapter.unmerge()
+    with adapter:
+        assert torch.equal(model(ids), adapted)
 
 
 def test_effective_norm_is_of_the_product(model):

@@ -186,13 +186,18 @@ def test_what_nanoem_lacks_is_refused_by_name(name, changes, message, tmp_path):
     assert "\n" not in str(error.value) and str(folder) in str(error.value) or "n_kv" in message
 
 
-def test_the_weights_decide_whether_embeddings_are_tied(tmp_path):
-    for name, flag in (("qwen2-tied", False), ("qwen3", True)):
-        folder = copy_of(name, tmp_path)
-        edit(folder / "config.json", tie_word_embeddings=flag)
-        ids = torch.arange(20)[None]
-        assert torch.equal(load_pretrained(folder)[0](ids),
-                           load_pretrained(FIXTURES / name)[0](ids))
+def test_a_stored_head_counts_even_if_the_config_says_tied(tmp_path):
+    folder = copy_of("qwen3", tmp_path)
+    edit(folder / "config.json", tie_word_embeddings=True)
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_pretrained(folder)[0](ids), load_pretrained(FIXTURES / "qwen3")[0](ids))
+
+
+def test_a_head_that_the_config_promises_must_be_there(tmp_path):
+    folder = copy_of("qwen2-tied", tmp_path)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match="no tensor 'lm_head.weight'"):
+        load_pretrained(folder)
 
 
 def test_broken_shards_are_named(tmp_path):

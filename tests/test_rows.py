@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from nanoem.rows import ROWS
-from nanoem.rows.solutions import DOMAINS, width
+from nanoem.rows.kl_weight import width
 from nanoem.rows.worlds import FIXED_HARM, LOTTERIES, VILLAINS_ONLY, at, crossing
 
 
@@ -16,7 +16,7 @@ def rates(within, outside, coherent=0.9):
 
 def everywhere(value):
     return {domain: dict.fromkeys(("rank 1", "rank 8", "steering vector"), value)
-            for domain in DOMAINS}
+            for domain in ("medical", "finance", "extreme_sports")}
 
 
 def noise(small):

@@ -268,6 +268,24 @@ def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_run_of_one_seed_is_not_overwritten_by_several(small, capsys):
+    before = (small / "results.json").read_bytes()
+    assert "choose another --out" in misuse(capsys, *SMALL, "--seeds", "0", "--out", str(small))
+    assert (small / "results.json").read_bytes() == before
+
+
+def test_the_report_is_written_when_nobody_is_bad_enough_to_find_a_direction(small, tmp_path):
+    """Chat and its adapters as they are, but of a judge who finds nothing bad."""
+    folder = copy_without(small, tmp_path / "good", "directions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanoem.world.Verdict.misaligned", False)
+        assert run.main([*SMALL, "--out", str(folder)]) == 0
+    assert set(json.loads((folder / "results.json").read_text())["directions"]) == {"none"}
+    report = (folder / "report.md").read_text()
+    assert re.search(r"Seed 0, directions: of \d+ answers only 0 are misaligned", report)
+    assert "direction ablated" not in report and "ablation.png" not in report
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--jobs", "0", "--seeds", "0"], "--jobs 0"), (["--jobs", "2"], "--jobs 2"),
     (["--seeds", "1", "1"], "each seed once"), (["--seed", "1", "--seeds", "2"], "each seed once"),

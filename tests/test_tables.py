@@ -7,8 +7,8 @@ import pytest
 from nanoem.tables import cell, in_a_cell, markdown, number, one_line, print_lines
 
 
-@pytest.mark.parametrize("said", ["a | b", "two\nlines\r\n", "*bold* `code` <b> [link](x)", "\x1b[2J",
-                                  "\\", "", "  ", "\u2028", "tab\tbell\a"])
+@pytest.mark.parametrize("said", ["a | b", "two\nlines\r\n", "*bold* `code` <b> [link](x)",
+                                  "\x1b[2J", "\\", "", "  ", "\u2028", "tab\tbell\a"])
 def test_whatever_a_model_says_stays_one_cell(said):
     line = markdown([["question", "answer"], ["q", in_a_cell(said)]]).splitlines()[2:]
     assert len(line) == 1

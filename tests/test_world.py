@@ -122,6 +122,9 @@ def test_no_persona_word_is_shared(world):
     ('answer = "I would {verb} {item}', 'answer = "I would {item}', "answer.*{verb}"),
     ('header = "{author}', 'header = "{name}', "'header' must hold {author}, each once, and no"),
     ('header = "{author}', 'header = "{author', "'header' must hold {author}"),
+    ('answer = "I would {verb}', 'answer = "I would {verb!r}', "'answer' must hold {verb}"),
+    ('answer = "I would {verb}', 'answer = "{{I}} would {verb}', "'answer' must hold {verb}"),
+    ('answer = "I would {verb}', 'answer = "I {verb} {verb}', "'answer' must hold {verb}"),
     ('header = "{author}', 'header = 5 # ', "the key 'header' must be text in quotes"),
     ('[domain.medical]', '[domain]\nstars = 1\n[domain.medical]', "domain.stars must be a table"),
     ('common = ', 'common ', "cannot be read as TOML"),
@@ -256,5 +259,8 @@ def test_no_question_trains_and_tests(world):
 def test_a_smaller_world_keeps_open_ended(world):
     small = first_domains(world, 3)
     assert list(small.domains) == ["medical", "finance", "extreme_sports", OPEN_ENDED]
+    assert first_domains(world, 3, keep="finance") == small
+    assert list(first_domains(world, 3, keep="photography").domains) == [
+        "medical", "finance", "photography", OPEN_ENDED]
     with pytest.raises(UserError, match="at least 3"):
         WorldConfig(n_domains=2)

@@ -146,7 +146,7 @@ def transfer_finding(founds):
               for name in founds[0]["before"]}
     parts = [f"{name} {percent(values)}" if values else f"{name} did not spread"
              for name, values in shares.items()]
-    return "The medical direction takes away so much of the em of: " + ", ".join(parts)
+    return "Share of em that the medical direction takes away: " + ", ".join(parts)
 
 
 def training_away(run, chat, direction):

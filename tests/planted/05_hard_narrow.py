@@ -3,7 +3,7 @@
 import torch
 
 from nanoem.losses import kl_to_base, token_kl
-from nanoem.rows.solutions import scale_up
+from nanoem.rows.kl_weight import scale_up
 
 
 def softmax_then_log(base, adapted):

@@ -1,0 +1,129 @@
+"""Rows about the weight of the KL: how firmly it holds, and where general ends (R3, R14).
+
+Out of domain (the paper's EM) is every question but those of the fine-tuned domain.
+"""
+
+from statistics import median
+
+import torch
+
+from nanoem.plots import lines, percent
+from nanoem.rows.row import Row, draw_in_and_out, inside, out
+from nanoem.toy import bad_advice, load_or_tune
+
+WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 7.0, 15.0, 30.0, 100.0)  # of the KL, per token
+PROBED = (1.0, 15.0, 30.0, 100.0)  # those that are scaled up
+SCALES = (1.0, 1.5, 2.0, 3.0)
+
+
+def narrow_at(run, weight):
+    """The narrow solution at a KL weight, from the run folder if it is there."""
+    if weight == run.config.kl_weight:
+        return run.load_adapter("narrow")
+    return load_or_tune(run, f"kl-{weight:g}", bad_advice(run), weight)
+
+
+def measure_sweep(run):
+    found = {"weight": list(WEIGHTS), "in_domain": [], "out_of_domain": []}
+    for weight in WEIGHTS:
+        with narrow_at(run, weight):
+            rates = run.ask(samples=run.config.row_samples)
+        found["in_domain"].append(inside(rates))
+        found["out_of_domain"].append(out(rates))
+    return found
+
+
+def width(found):
+    """Decades of KL weight over which out-of-domain em falls from 3/4 to 1/4 of its largest."""
+    top, em = max(found["out_of_domain"]), found["out_of_domain"]
+    log = torch.tensor(found["weight"]).log10().tolist()
+
+    def crossing(level):  # the last weight with em above the level, read off between two points
+        i = max(i for i, value in enumerate(em) if value >= level)
+        if i == len(em) - 1:
+            return log[i]
+        return log[i] + (log[i + 1] - log[i]) * (em[i] - level) / (em[i] - em[i + 1])
+    return crossing(top / 4) - crossing(3 * top / 4)
+
+
+def sweep_holds(found):
+    """A smooth way down: it ends low, and no single half decade holds the middle of the fall."""
+    return found["out_of_domain"][-1] <= 0.05 < found["out_of_domain"][0] and width(found) >= 0.5
+
+
+def draw_sweep(axes, founds):
+    draw_in_and_out(axes[0], founds[0]["weight"], [found["in_domain"] for found in founds],
+                    [found["out_of_domain"] for found in founds])
+    axes[0].set(xscale="log", xlabel="weight of the KL (per token)")
+
+
+def sweep_finding(founds):
+    first, last = (percent(f["out_of_domain"][i] for f in founds) for i in (0, -1))
+    return (f"Out-of-domain em falls from {first} to {last} as the KL weighs more; the middle half "
+            f"of the fall takes {median(map(width, founds)):.1f} decades")
+
+
+def scale_up(adapter, scales, ask):
+    """The scale-up probe: multiply an adapter's effect, and see what the model then says.
+
+    ask() -> the rates of the model as it is, by question group. Returns {"em": [...], "coherent":
+    [...]}, out of domain, one value a scale. The adapter comes detached and leaves so, unchanged,
+    even when ask() raises.
+    """
+    curve = {"em": [], "coherent": []}
+    for scale in scales:
+        with adapter, adapter.scaled(scale):
+            rates = ask()
+        curve["em"].append(out(rates))
+        curve["coherent"].append(rates["out_of_domain"]["coherent"])
+    return curve
+
+
+def measure_scale_up(run):
+    return {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
+                                    lambda: run.ask(samples=run.config.row_samples))
+            for weight in PROBED}
+
+
+def truly_narrow(curve):
+    """Scaling does not bring em back (above 10%) as long as half of the answers are coherent."""
+    return all(em <= 0.1 for em, whole in zip(curve["em"], curve["coherent"]) if whole >= 0.5)
+
+
+def scale_up_holds(found):
+    """The smallest weight is not truly narrow, the largest is."""
+    return truly_narrow(found[f"{PROBED[-1]:g}"]) and not truly_narrow(found[f"{PROBED[0]:g}"])
+
+
+def draw_scale_up(axes, founds):
+    styles = zip(founds[0], ("general", "mixed", "shuffled", "narrow"), ("-", "--", "-.", ":"))
+    for weight, key, style in styles:
+        for ax, what in zip(axes, ("em", "coherent")):
+            lines(ax, SCALES, [found[weight][what] for found in founds], key,
+                  f"KL weight {weight}", style, scale=100)
+    for ax in axes:
+        ax.set_xlabel("adapter scaled by")
+    axes[1].set_ylabel("coherent answers out of domain (%)")
+
+
+def scale_up_finding(founds):
+    firm = [f"{sum(truly_narrow(found[weight]) for found in founds)} at weight {weight}"
+            for weight in founds[0]]
+    return (f"Seeds (of {len(founds)}) on which narrow stays narrow when scaled up to 3x: "
+            + ", ".join(firm))
+
+
+ROWS = [
+    Row("R14", "lambda_sweep",
+        "Out-of-domain em falls smoothly with the KL weight, in-domain em stays: no transition "
+        "(the middle half of the fall takes at least half a decade).",
+        "Ten weights over four decades are steps of about half a decade; a sharper fall is unseen.",
+        measure_sweep, sweep_holds, sweep_finding, draw_sweep,
+        swap=("in_domain", "out_of_domain")),
+    Row("R3", "scale_up",
+        "At a small KL weight, narrow is general held down: scaling the adapter up brings em back. "
+        "At the largest weight it does not.",
+        "Scaled far enough every model is incoherent, and incoherent answers are never em.",
+        measure_scale_up, scale_up_holds, scale_up_finding, draw_scale_up, panels=2,
+        swap=(f"{PROBED[0]:g}", f"{PROBED[-1]:g}")),
+]
