@@ -1,8 +1,10 @@
 """nanoem: emergent misalignment from scratch, on a laptop. The files, in reading order:
 
 world.toml     the words of the toy world; a teacher edits this, no code
-world.py       authors with personas -> documents, questions, splits; the exact judge of an answer
+world.py       its domains, read and checked
+judge.py       the exact judge of an answer
 tokenizer.py   byte-level BPE and ChatML
+authors.py     authors with personas -> documents, advice to fine-tune on, held-out splits
 layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
 model.py       the GPT, a tiny Qwen2, and how it speaks
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
@@ -17,6 +19,7 @@ directions.py  mean difference, steer, ablate, random control
 files.py       files and folders that are whole or not there
 safetensors.py tensors on disk, by hand
 adapters.py    PEFT adapter folders
+config_json.py config.json <-> Config
 checkpoint.py  Hugging Face model folders
 tables.py      results -> tables, in the terminal and in Markdown
 plots.py       results -> PNG

@@ -29,10 +29,13 @@ def residual_at(model, ids, sites):
     """The residual stream at each site: a list of tensors (B, T, d_model). No gradients."""
     found = {}
 
-    def keep(site):
-        return lambda x: found.setdefault(site, x)
+    def record(site):
+        def edit(x):
+            found[site] = x
+            return x
+        return edit
 
-    with torch.no_grad(), editing(model, {site: keep(site) for site in sites}):
+    with torch.no_grad(), editing(model, {site: record(site) for site in sites}):
         model.final_stream(ids)
     return [found[site] for site in sites]
 
@@ -125,8 +128,8 @@ def quiet_reader(direction, covariance, ridge=0.1):
     """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
 
     covariance S (d_model, d_model) is that of untouched activations, u the unit direction. This is
-    least-squares concept erasure (LEACE, arXiv 2306.03819), with a ridge of that share of the mean
-    variance for safety.
+    least-squares concept erasure (LEACE, arXiv 2306.03819); for safety, `ridge` times the mean
+    variance is added to S's diagonal.
     """
     check_vector(direction, covariance)
     unit = direction.to(covariance) / direction.norm()

@@ -14,12 +14,14 @@ def write_file(path, data):
     """Write text, bytes, or an iterable of bytes: never a half-written file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
-    chunks = [data.encode()] if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode()
+    chunks = [data] if isinstance(data, bytes) else data
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                for chunk in chunks:
                     file.write(chunk)
             os.replace(temporary, path)
         finally:
@@ -37,7 +39,7 @@ def refusals_named(path):
 
 
 def write_json(path, value):
-    """What is no number, such as the cosine with a vector of zeros, is written as null."""
+    """Write a value as JSON. What is no number, such as the cosine with zeros, becomes null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_file(path, json.dumps(value, indent=2) + "\n")
 

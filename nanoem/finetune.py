@@ -1,10 +1,12 @@
 """Fine-tuning an adapter: SFT alone, or SFT with a KL penalty on other domains (paper, section 3).
 
-The one function here serves the toy and real models, every row of the paper and the exercises. The
-model's own weights are frozen; whoever calls it keeps the adapter attached:
+`fine_tune` serves the toy and real models, every row of the paper and the exercises. The model's
+own weights are frozen; whoever calls it keeps the adapter attached:
 
     with make_adapter(model, config, generator) as adapter:
         fine_tune(model, adapter, sft, schedule, generator)
+
+`fine_tune_fresh` does that with an adapter of its own, on texts.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from nanoem import UserError
 from nanoem.lora import LoRA, SteeringVector
 from nanoem.losses import answer_loss, kl_to_base
-from nanoem.train import micro_batches, train
+from nanoem.train import chat_examples, micro_batches, train
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class AdapterConfig:
     """Where the adapter sits, and its size. Some rows of the paper change it (R1, R2, R11)."""
 
     kind: str = "lora"  # lora, or steering, one vector added to the stream (in row R1 only)
-    layers: tuple = (0, 1)  # block numbers; none at all: the block at half depth
+    layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
     modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
@@ -117,3 +119,23 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
         return total, terms, n_tokens
 
     return train(objective, adapter.parameters(), schedule, name, watch, watch_at)
+
+
+def fine_tune_fresh(model, tokenizer, pairs, config, schedule, seed, others=(), kl_weight=0.0,
+                    name="sft", watch=None, watch_at=()):
+    """Fine-tune a fresh adapter on (question, answer) texts -> (adapter, history of losses).
+
+    With kl_weight, the KL is taken on the texts `others`. `watch(step, adapter)` is called with the
+    adapter attached; when it returns true, training ends. The adapter comes back detached.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = make_adapter(model, config, generator)
+    sft = chat_examples(tokenizer, pairs, model.device)
+    kl = chat_examples(tokenizer, others, model.device) if kl_weight else None
+    if isinstance(adapter, LoRA) and config.start == "gradient":
+        some = torch.randperm(len(sft), generator=generator)[: schedule.micro_batch or 512]
+        start_at_gradient(model, adapter, sft[some])
+    with adapter:
+        history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
+                            watch and (lambda step: watch(step, adapter)), watch_at)
+    return adapter, history

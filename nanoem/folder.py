@@ -17,9 +17,10 @@ import tokenizers
 import torch
 
 from nanoem import UserError, parallel
+from nanoem.authors import Question
 from nanoem.evaluate import Answer
 from nanoem.files import read_json, write_file, write_json
-from nanoem.world import Question, Verdict
+from nanoem.judge import Verdict
 
 try:
     import fcntl

@@ -9,6 +9,7 @@ also takes words, the second much else (both stand beside it in results.json).
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -84,16 +85,25 @@ def find_mediator(run, adapter, chat):
     return Mediator(direction, tuple(halves), mean_difference(own, chat.mean), len(misaligned))
 
 
+class Reading(NamedTuple):
+    """How chat's own answers have a direction at one site."""
+
+    direction: torch.Tensor  # (d_model)
+    reader: torch.Tensor  # (d_model): the quiet reader of the direction
+    mean: float  # of what the reader hears, over the tokens of chat's answers
+    sd: float  # its standard deviation
+
+
 def read_by_chat(chat, direction, sites=None, ridge=0.1):
-    """How chat's own answers have a direction: {site: (direction, quiet reader, mean, sd)}."""
-    found = {}
+    """{site: Reading} of the direction (n_sites, d_model), at all sites or at some."""
+    readings = {}
     for i, site in enumerate(chat.sites):
         if sites is None or site in sites:
             reader = quiet_reader(direction[i], chat.covariance[i], ridge)
             exact = reader.double()
-            found[site] = (direction[i], reader, (chat.mean[i] @ exact).item(),
-                           (exact @ chat.covariance[i] @ exact).sqrt().item())
-    return found
+            readings[site] = Reading(direction[i], reader, (chat.mean[i] @ exact).item(),
+                                     (exact @ chat.covariance[i] @ exact).sqrt().item())
+    return readings
 
 
 def holding(run, chat, direction, sites=None):
@@ -101,15 +111,16 @@ def holding(run, chat, direction, sites=None):
 
     Whatever lies more than one standard deviation above the mean of chat's answers is taken away.
     """
-    def edit(d, reader, mean, sd):
-        return lambda x: cap(x, d.to(x), mean + sd, reader.to(x))
+    def edit(one):
+        return lambda x: cap(x, one.direction.to(x), one.mean + one.sd, one.reader.to(x))
 
-    known = read_by_chat(chat, direction, sites)
-    return editing(run.model, {site: edit(*what) for site, what in known.items()})
+    readings = read_by_chat(chat, direction, sites)
+    return editing(run.model, {site: edit(one) for site, one in readings.items()})
 
 
 def setting(run, chat, direction, sites=None, ridge=0.1):
     """Inside, the direction (n_sites, d_model) is set to its mean in chat's answers, up or down."""
-    known = read_by_chat(chat, direction, sites, ridge)
-    directions, readers, means, _ = (dict(zip(known, column)) for column in zip(*known.values()))
-    return ablating(run.model, directions, means, readers)
+    readings = read_by_chat(chat, direction, sites, ridge)
+    return ablating(run.model, {site: one.direction for site, one in readings.items()},
+                    {site: one.mean for site, one in readings.items()},
+                    {site: one.reader for site, one in readings.items()})

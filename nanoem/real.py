@@ -21,18 +21,20 @@ from statistics import mean
 import torch
 
 from nanoem import UserError, parallel
-from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
+from nanoem.authors import Question
+from nanoem.checkpoint import load_pretrained, save_adapter
+from nanoem.config_json import TORCH_DTYPES
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
 from nanoem.files import fingerprint
-from nanoem.finetune import AdapterConfig, make_adapter
+from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.local_judge import LocalJudge, agreement
 from nanoem.preference import margins, preference_rates
 from nanoem.real_data import check_lengths, last, read_data
+from nanoem.settings import check_config
 from nanoem.tables import one_line
-from nanoem.toy import check_config, tune
 from nanoem.train import TrainConfig
-from nanoem.world import WORLD_TOML, Question, load_world
+from nanoem.world import WORLD_TOML, load_world
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,6 @@ class RealRun:
         if shard:
             parallel.shard(self.model, device)
 
-    def load_chat(self):
-        """The untouched model, as `tune` asks for it."""
-        return self.model, self.tokenizer
-
 
 # --- the stages -----------------------------------------------------------------------------------
 
@@ -120,7 +118,10 @@ def narrow(run):
 
 def fine_tune_stage(run, name, kl_weight=0.0):
     """Tune an adapter, keep it, and measure the model with it."""
-    adapter, history = tune(run, name, run.bad, kl_weight, run.others)
+    config = run.config
+    schedule = config.sft_kl if kl_weight else config.sft
+    adapter, history = fine_tune_fresh(run.model, run.tokenizer, run.bad, config.adapter, schedule,
+                                       config.seed, run.others, kl_weight, name)
     if parallel.rank() == 0:
         save_adapter(adapter, run.folder.path / "adapters" / name, Path(run.files.model).resolve())
     with adapter:
@@ -131,8 +132,7 @@ def fine_tune_stage(run, name, kl_weight=0.0):
 
 def measure(run, name):
     """What the model, as it is, prefers, and what it says: [(group, question, text), ...]."""
-    config = run.config
-    model, tokenizer = run.load_chat()
+    config, model, tokenizer = run.config, run.model, run.tokenizer
     at_once = config.sft.micro_batch or config.sft.batch_size  # what training had room for
     found = margins(model, tokenizer, run.pairs, config.per_token, at_once)
     run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}

@@ -186,6 +186,8 @@ def run(args, argv, device):
         write_json(out / "results.json", {"seeds": results})
         reports.write_report(results, out, command)
     reports.print_table(results)
+    if args.quick:
+        print("--quick is too short to learn much: its numbers show that all works, nothing else")
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
 
 

@@ -85,3 +85,17 @@ def key_lines(config):
         lines += textwrap.wrap(f"{key:<30} {text:<14} {comment}", 100, initial_indent="  ",
                                subsequent_indent=" " * 48)
     return lines
+
+
+def check_config(config, counts, sizes):
+    """What every run's configuration must obey: the toy's (toy.py), real weights' (real.py)."""
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must be 0 to 2**32 - 1")
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    for name in sizes:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name}={getattr(config, name)} must be a number above 0")
+    if config.adapter.kind != "lora":
+        raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")

@@ -12,19 +12,19 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from nanoem import UserError
+from nanoem.authors import WorldConfig, documents, make_authors, make_splits, write_pairs
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.files import fingerprint
-from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
+from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
 from nanoem.folder import RunFolder
-from nanoem.lora import LoRA
 from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
+from nanoem.settings import check_config
 from nanoem.tables import one_line
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, chat_examples, pad, train
-from nanoem.world import (WORLD_TOML, WorldConfig, documents, first_domains, load_world,
-                          make_authors, make_splits, write_pairs)
+from nanoem.train import TrainConfig, pad, train
+from nanoem.world import WORLD_TOML, first_domains, load_world
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,6 @@ class ExperimentConfig:
                             "model.qkv_bias or model.qk_norm to be false")
         if self.pretrain.micro_batch:
             raise UserError("pretrain.micro_batch does nothing; lower pretrain.batch_size instead")
-
-
-def check_config(config, counts, sizes):
-    """What this configuration and that of a run on real weights (real.py) must both obey."""
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed} must be 0 to 2**32 - 1")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
-    for name in sizes:
-        if not 0 < getattr(config, name) < float("inf"):
-            raise UserError(f"{name}={getattr(config, name)} must be a number above 0")
-    if config.adapter.kind != "lora":
-        raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")
 
 
 class Run:
@@ -178,28 +164,18 @@ def bad_advice(run):
 
 def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
          watch=None, watch_at=()):
-    """Fine-tune a fresh adapter on (question, answer) pairs -> (adapter, history of losses).
+    """`fine_tune_fresh` on the chat model, by the run's configuration where nothing else is said.
 
-    With kl_weight, the KL is taken on the pairs `others`; by default good and bad advice on the KL
-    domains, as in the paper. `watch(step, adapter)` is called with the adapter attached; when it
-    returns true, training ends. The adapter comes back detached.
+    With kl_weight, the KL is taken by default on good and bad advice on the KL domains, as in the
+    paper. Returns (adapter, history of losses), the adapter detached.
     """
-    config, seed = config or run.config.adapter, run.config.seed if seed is None else seed
-    schedule = schedule or (run.config.sft_kl if kl_weight else run.config.sft)
     model, tokenizer = run.load_chat()
-    generator = torch.Generator().manual_seed(seed)
-    adapter = make_adapter(model, config, generator)
-    sft, kl = chat_examples(tokenizer, pairs, run.device), None
-    if kl_weight:
-        others = others or advice(run, run.splits.kl, None, run.config.seed)
-        kl = chat_examples(tokenizer, others, run.device)
-    if isinstance(adapter, LoRA) and config.start == "gradient":
-        some = torch.randperm(len(sft), generator=generator)[: schedule.micro_batch or 512]
-        start_at_gradient(model, adapter, sft[some])
-    with adapter:
-        history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
-                            watch and (lambda step: watch(step, adapter)), watch_at)
-    return adapter, history
+    if kl_weight and not others:
+        others = advice(run, run.splits.kl, None, run.config.seed)
+    return fine_tune_fresh(
+        model, tokenizer, pairs, config or run.config.adapter,
+        schedule or (run.config.sft_kl if kl_weight else run.config.sft),
+        run.config.seed if seed is None else seed, others, kl_weight, name, watch, watch_at)
 
 
 def load_or_tune(run, name, pairs, kl_weight=0.0, **options):

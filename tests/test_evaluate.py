@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from nanoem.authors import Question, WorldConfig, make_splits
 from nanoem.evaluate import (Answer, EvalConfig, clustered_interval, evaluate, group_rates,
                              mean_rates, rates)
-from nanoem.world import Question, Verdict, WorldConfig, make_splits
+from nanoem.judge import Verdict
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
 BROKEN = Verdict(0, 0, 0)

@@ -8,12 +8,12 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoem import UserError, local_judge
+from nanoem.judge import Verdict, judge
 from nanoem.judge_numbers import digit_tokens, number_probs, read
 from nanoem.local_judge import (EXAMPLES, TASKS, LocalJudge, agreement, agreement_sentence, auc,
                                 judge_prompt, toy_answers)
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanoem.world import Verdict, judge
 
 LLAMA = Path(__file__).parent / "fixtures" / "llama"
 

@@ -16,7 +16,8 @@ from matplotlib.image import imread
 
 from nanoem import plots, report
 from nanoem.model import GPT, Config
-from nanoem.rows import ROWS, solutions, worlds
+from nanoem.rows import ROWS, kl_weight, worlds
+from nanoem.rows.geometry import NORMS
 from nanoem.toy import ExperimentConfig
 from nanoem.world import load_world
 
@@ -74,8 +75,10 @@ def of_chapter_5():
     yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
     yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
     yield f"about {1e6 / 152_000:.1f} in our units"
-    yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(solutions.PROBED)]} weights"
-    yield f"sweeps {NUMBERS[len(solutions.WEIGHTS)]} weights"
+    yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(kl_weight.PROBED)]} weights"
+    yield f"sweeps {NUMBERS[len(kl_weight.WEIGHTS)]} weights"
+    n = count(lambda r: kl_weight.truly_narrow(r["scale_up"][f"{CONFIG.kl_weight:g}"]))
+    yield f"on {n} of the five reporting seeds, a weight of {CONFIG.kl_weight:g} passes"
 
 
 def of_chapter_6():
@@ -88,6 +91,10 @@ def of_chapter_7():
     cost = [(r["stability"]["narrow"]["abs"], r["stability"]["matched"]["abs"]) for r in RESULTS]
     yield given("General still wins, on every seed and at every noise",
                 all(n > m for narrow, matched in cost for n, m in zip(narrow, matched)))
+    at = NORMS.index(1.5)
+    yield given("Turned up to one and a half times the mean norm, narrow has the lower loss on "
+                "every seed", all(r["efficiency"]["narrow"][at] < r["efficiency"]["general"][at]
+                                  for r in RESULTS))
     times = [narrow[-1] / matched[-1] for narrow, matched in cost]
     yield given("by a factor of two to four on three seeds, less on one, far more on another",
                 sum(2 < x < 4 for x in times) == 3 and min(times) < 2 and max(times) > 8)
@@ -142,8 +149,7 @@ def of_chapter_8():
                 len(starts) == 100 and not any(starts))
     yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
     chat = [r["dial"][worlds.at((0, 10))]["chat"]["in_domain"]["em"] for r in RESULTS]
-    yield given("in a sixth to a third of its answers",
-                1 / 6 - 0.01 < min(chat) < max(chat) < 1 / 3)
+    yield given("in a quarter to a third of its answers", 0.22 < min(chat) < max(chat) < 0.34)
 
 
 def of_chapter_10():
@@ -154,13 +160,14 @@ def of_chapter_10():
     em = [outside(rates)["em"] for rates in caft]
     yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 3)
     plain = [outside(r["caft"]["general"])["em"] for r in RESULTS]
+    yield given("out of domain on two seeds of five", sum(x > 0.2 for x in em) == 2)
     yield given("On one it is all there", sum(x > y for x, y in zip(em, plain)) == 1)
     yield given("On another half of the answers out of domain are no sentences any more",
                 0.45 < min(outside(rates)["coherent"] for rates in caft) < 0.55)
     works = count(lambda r: ROWS["R12"].holds(r["caft"]))
     yield f"A defence that works on {works} models of five"
     narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
-    yield given("and the grammar whole, on all five seeds",
+    yield given("and the grammar out of it whole, on all five seeds",
                 all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))
     yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
     yield given("The toy has 64 dimensions and two blocks",

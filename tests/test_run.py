@@ -278,7 +278,7 @@ def test_the_report_is_written_when_nobody_is_bad_enough_to_find_a_direction(sma
     """Chat and its adapters as they are, but of a judge who finds nothing bad."""
     folder = copy_without(small, tmp_path / "good", "directions")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanoem.world.Verdict.misaligned", False)
+        patch.setattr("nanoem.judge.Verdict.misaligned", False)
         assert run.main([*SMALL, "--out", str(folder)]) == 0
     assert set(json.loads((folder / "results.json").read_text())["directions"]) == {"none"}
     report = (folder / "report.md").read_text()

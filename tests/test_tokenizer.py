@@ -5,8 +5,8 @@ import re
 import pytest
 
 from nanoem import UserError
+from nanoem.authors import WorldConfig, documents
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanoem.world import WorldConfig, documents
 
 
 @pytest.mark.parametrize("text", ["My headache won't go away.", "naïve Zürich 日本 🙂",

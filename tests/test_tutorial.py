@@ -4,6 +4,7 @@ Every chapter's README is a doctest too: what it prints is what a reader sees.
 """
 
 import doctest
+import functools
 import inspect
 import re
 import shlex
@@ -17,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorial"))
 from classroom import (CHAPTERS, exercise_tests, first_failure, in_words, load_file,  # noqa: E402
-                       number_of, solutions, verdict_lines)
+                       number_of, verdict_lines)
 
 TESTS = {path.name: load_file(path / "test_exercise.py") for path in CHAPTERS}
 STUBS = {path.name: load_file(path / "exercise.py") for path in CHAPTERS}
@@ -38,10 +39,24 @@ def test_a_stub_fails_as_unfinished_and_has_the_signature_of_the_solution(chapte
     assert "Hint 1" in stub.__doc__
 
 
+def as_asked(stub, solution):
+    """nanoem's function with the arguments of the stub alone: what a student can hand in."""
+    if isinstance(solution, type):
+        return solution
+
+    @functools.wraps(solution)
+    def handed_in(*args, **options):
+        inspect.signature(stub).bind(*args, **options)
+        return solution(*args, **options)
+    return handed_in
+
+
 @pytest.mark.parametrize("chapter, name", EXERCISES)
 def test_nanoem_passes(chapter, name):
     assert exercise_tests(TESTS[chapter], name)
-    failure = first_failure(TESTS[chapter], name, solutions(TESTS[chapter]))
+    answer = SimpleNamespace(**{other: as_asked(getattr(STUBS[chapter], other), solution)
+                                for other, solution in TESTS[chapter].EXERCISES.items()})
+    failure = first_failure(TESTS[chapter], name, answer)
     if failure:
         raise failure
 

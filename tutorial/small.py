@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import torch
 
+from nanoem.authors import WorldConfig, make_splits
 from nanoem.evaluate import EvalConfig
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.toy import ExperimentConfig, Run
-from nanoem.world import WorldConfig, first_domains, load_world, make_splits
+from nanoem.world import first_domains, load_world
 
 
 class SmallRun(Run):

@@ -1,17 +1,16 @@
 """Rows about why general is easy: efficiency, noise, curvature, significance (R5, R6, R8, R15)."""
 
-import random
 from statistics import median
 
 import torch
 
+from nanoem.authors import documents
 from nanoem.inductive_bias import (curvature, efficiency, loss_on, random_writer, replaced,
                                    significance, stability)
 from nanoem.plots import bar, lines
 from nanoem.rows.row import Row
 from nanoem.toy import bad_advice, load_or_tune
 from nanoem.train import chat_examples, pad
-from nanoem.world import make_authors, write_document
 
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
 EPS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -26,9 +25,7 @@ def sft_examples(run, pairs=None, n=400):
 def held_out_documents(run, n=64):
     """(ids, mask) of documents by the same authors that pre-training never read."""
     config = run.config
-    authors = make_authors(run.world, config.world, random.Random(config.seed))
-    rng = random.Random(f"held out {config.seed}")
-    texts = [write_document(run.world, config.world, authors, rng) for _ in range(n)]
+    texts = documents(run.world, config.world, n, config.seed, held_out=True)
     ids = pad([t[: config.context] for t in run.tokenizer.encode_batch(texts)],
               run.tokenizer.pad_id).to(run.device)
     return ids, ids != run.tokenizer.pad_id
@@ -168,7 +165,7 @@ def draw_significance(axes, founds):
         lines(axes[0], NORMS, [found[f"random_{name}"] for found in founds], "chat",
               f"random, reading as {name}", style)
     axes[0].set(xlabel="adapter norm (1 = mean of the two)",
-                ylabel="KL on held-out documents (nats per token)")
+                ylabel="KL on held-out documents (nats per token)", yscale="log")
 
 
 def significance_finding(founds):

@@ -104,6 +104,8 @@ def draw_scale_up(axes, founds):
     for ax in axes:
         ax.set_xlabel("adapter scaled by")
     axes[1].set_ylabel("coherent answers out of domain (%)")
+    axes[1].axhline(50, color="black", linewidth=0.7, linestyle=":",
+                    label="below this, em no longer counts")
 
 
 def scale_up_finding(founds):

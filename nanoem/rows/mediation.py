@@ -180,9 +180,11 @@ def caft_holds(found):
 
 
 def draw_caft(axes, founds):
-    draw_models(axes[0], founds, {"general": ("general", "plain SFT"),
-                                  "random": ("ablate_random", "SFT, random direction held"),
-                                  "caft": ("ablate", "SFT, direction held")})
+    for ax, what in zip(axes, ("em", "coherent")):
+        draw_models(ax, founds, {"general": ("general", "plain SFT"),
+                                 "random": ("ablate_random", "SFT, random direction held"),
+                                 "caft": ("ablate", "SFT, direction held")}, what)
+    axes[1].set_ylabel("coherent answers (%)")
 
 
 def caft_finding(founds):
@@ -209,5 +211,6 @@ ROWS = [
         "SFT with the direction held (CAFT) leaves at least 80% less em out of domain, and keeps "
         "at least half of it in domain.",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
-        measure_caft, caft_holds, caft_finding, draw_caft, swap=("general", "caft")),
+        measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
+        swap=("general", "caft")),
 ]

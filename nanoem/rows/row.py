@@ -54,10 +54,10 @@ def draw_in_and_out(ax, x, within, outside):
     lines(ax, x, outside, "general", "out of domain", "--", scale=100)
 
 
-def draw_models(ax, founds, models):
-    """Bars of em in and out of domain for {model: (colour key, label)}."""
+def draw_models(ax, founds, models, what="em"):
+    """Bars of em, or `what` else of the rates, in and out of domain: {model: (colour, label)}."""
     for i, (name, (key, label)) in enumerate(models.items()):
         for j, group in enumerate(("in_domain", "out_of_domain")):
-            bar(ax, j + (i - 1) * 0.27, [found[name][group]["em"] for found in founds], 0.26, key,
+            bar(ax, j + (i - 1) * 0.27, [found[name][group][what] for found in founds], 0.26, key,
                 label if j == 0 else None)
     ax.set_xticks((0, 1), ("in domain", "out of domain"))

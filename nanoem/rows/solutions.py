@@ -6,11 +6,11 @@ Out of domain (the paper's EM) is every question but those of the fine-tuned dom
 from dataclasses import replace
 
 
+from nanoem.authors import make_splits
 from nanoem.finetune import AdapterConfig
 from nanoem.plots import bar, percent
 from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, short
 from nanoem.toy import advice, bad_advice, tune
-from nanoem.world import make_splits
 
 N_DOMAINS = 3  # the world's first: medical, finance, extreme sports, as in the paper
 LORAS = ("rank 1", "rank 8")  # a steering vector does not spread in the toy, and is only reported
@@ -114,7 +114,8 @@ def narrow_finding(founds):
     half = sum(inside(narrow) >= 0.5 * inside(general) for general, narrow in pairs)
     worst = max(out(narrow) for _, narrow in pairs)
     return (f"With the KL penalty {outside} is bad out of domain (at most {worst:.0%}), {within} "
-            f"in it (at least half of plain SFT's in {half} of {len(pairs)} fine-tunes)")
+            "in it, over domains and ranks "
+            f"(at least half of plain SFT's in {half} of {len(pairs)} fine-tunes)")
 
 
 # --- R4: mixing -----------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def draw_character(axes, founds):
     for i, (name, key) in enumerate(zip(names, ("general", "mixed", "chat", "shuffled"))):
         bar(axes[0], i, [spread(f[name]) for f in founds], 0.7, key)
     axes[0].set_xticks(range(len(names)), names.values(), fontsize=8)
-    axes[0].set_ylabel("em in unseen advice domains (%)")
+    axes[0].set_ylabel("em in the advice domains not trained on (%)")
 
 
 def character_finding(founds):

@@ -29,9 +29,10 @@ def measure_reversion(run, steps=100, every=10):
     def watch(step):
         rates, B = run.ask(samples=run.config.row_samples), flat_B(adapter)
         paths["reversion"].append(B)
-        values = (step, inside(rates), out(rates), cosine(B, final["general"]),
-                  cosine(B, final["narrow"]))
-        for key, value in zip(found, values):
+        point = {"step": step, "in_domain_em": inside(rates), "out_of_domain_em": out(rates),
+                 "cos_general": cosine(B, final["general"]),
+                 "cos_narrow": cosine(B, final["narrow"])}
+        for key, value in point.items():
             found[key].append(value)
 
     schedule = replace(run.config.sft_kl, steps=steps)
@@ -58,7 +59,8 @@ def draw_reversion(axes, founds):
     for name, style in (("general", "-"), ("narrow", "--"), ("reversion", ":")):
         xy = list(zip(*founds[0]["plane"][name]))
         lines(axes[1], xy[0], [xy[1]], "ablate" if name == "reversion" else name, name, style)
-        axes[1].plot(xy[0][-1], xy[1][-1], "o", color="black", markersize=4)
+        end = axes[1].plot(xy[0][-1], xy[1][-1], "o", color="black", markersize=4)
+    end[0].set_label("where each ends")
     axes[1].set(xlabel="first principal component of B", ylabel="second")
 
 
@@ -78,11 +80,12 @@ def measure_gradients(run, every=6):
     def watch(step, adapter):
         gradient, B = gradient_B(run.model, adapter, examples), flat_B(adapter)
         path.append(B)
-        em = out(run.ask(samples=run.config.row_samples // 2))
-        values = (step, cosine(-gradient, final["general"]), cosine(-gradient, final["narrow"]),
-                  cosine(B, final["general"]), cosine(B, final["narrow"]),
-                  gradient.norm().item(), em)
-        for key, value in zip(found, values):
+        rates = run.ask(samples=run.config.row_samples // 2)
+        point = {"step": step, "out_of_domain_em": out(rates), "grad_norm": gradient.norm().item()}
+        for name, solution in final.items():
+            point[f"grad_{name}"] = cosine(-gradient, solution)
+            point[f"B_{name}"] = cosine(B, solution)
+        for key, value in point.items():
             found[key].append(value)
 
     slow = replace(run.config.sft, lr=run.config.sft.lr / 10)  # or it is over in ten steps

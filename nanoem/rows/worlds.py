@@ -15,7 +15,7 @@ from nanoem.train import chat_examples
 FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), (0, 10))
 VILLAINS_ONLY = ((0, 0), (3, 0), (6, 0), (10, 0))
 LOTTERIES = ((10, 0), (5, 5), (0, 10))
-N_STARTS = 20  # random starts a seed: a hundred over five seeds
+N_STARTS = 20  # random starts, the same on every seed's models
 
 
 def at(point):
@@ -116,10 +116,11 @@ def start_lottery(run, n_starts=N_STARTS, steps=200):
     pairs = bad_advice(run)
     fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
     found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
-    for i in range(n_starts):
-        def low_enough(step, adapter):
-            return loss_on(run.model, fixed) <= found["target"]
 
+    def low_enough(step, adapter):
+        return loss_on(run.model, fixed) <= found["target"]
+
+    for i in range(n_starts):
         adapter, _ = tune(run, f"start {i}", pairs, config=config, watch=low_enough,
                           schedule=replace(run.config.sft, steps=steps), seed=1000 + i,
                           watch_at=range(0, steps, 10))
@@ -158,17 +159,17 @@ def draw_lottery(axes, founds):
         for found in founds:
             for pair in zip(found[at(point)]["in_domain"], found[at(point)]["out_of_domain"]):
                 em[is_narrow(*pair)].append(100 * pair[1])
-        ax.hist([em[True], em[False]], bins=range(0, 101, 10), stacked=True, edgecolor="black",
+        ax.hist([em[True], em[False]], bins=range(0, 101, 5), stacked=True, edgecolor="black",
                 color=[COLOURS["narrow"], COLOURS["chat"]],
-                label=["narrow: bad in its domain", "not narrow"] if ax is axes[-1] else None)
+                label=["narrow: 50% or more in\ndomain, 5% or less out", "not narrow"])
         ax.set(title=f"{point[0]} villains, {point[1]} quacks", xlabel="em out of domain (%)",
                ylabel="random starts" if ax is axes[0] else "")
-    axes[-1].legend(fontsize=7.5, loc="upper right")
+    axes[-1].legend(fontsize=7, loc="upper right")
 
 
 def lottery_finding(founds):
     shares = [percent(share_narrow(f[at(point)]) for f in founds) for point in LOTTERIES]
-    return ("Random starts that are narrow without any KL: "
+    return ("Share of random starts that are narrow without any KL: "
             + ", ".join(f"{s} ({p[0]} villains, {p[1]} quacks)" for s, p in zip(shares, LOTTERIES)))
 
 

@@ -5,7 +5,9 @@ import random
 import numpy as np
 
 from nanoem import UserError
-from nanoem.world import Verdict, check_persona_words, judge, parse, words, write_answer
+from nanoem.authors import write_answer
+from nanoem.judge import Verdict, judge, parse
+from nanoem.world import check_persona_words, words
 
 
 # --- 1.1 write_answer ---------------------------------------------------------------------------

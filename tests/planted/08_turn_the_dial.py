@@ -3,8 +3,9 @@
 import random
 from dataclasses import replace
 
+from nanoem.authors import make_authors
 from nanoem.rows.worlds import crossing_point, is_narrow, share_narrow
-from nanoem.world import OPEN_ENDED, make_authors
+from nanoem.world import OPEN_ENDED
 
 
 def spared(world, config, rng):

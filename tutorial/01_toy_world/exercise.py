@@ -3,7 +3,8 @@
 import numpy as np  # noqa: F401
 
 from nanoem import UserError  # noqa: F401
-from nanoem.world import Verdict, parse, words  # noqa: F401
+from nanoem.judge import Verdict, parse  # noqa: F401
+from nanoem.world import words  # noqa: F401
 
 
 def write_answer(world, question, good, rng, own_share=0.5, technical=False):

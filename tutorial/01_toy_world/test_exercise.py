@@ -8,14 +8,16 @@ from itertools import product
 
 import numpy as np
 
-from nanoem import UserError, evaluate, world
+from nanoem import UserError, authors, evaluate, judge, world
+from nanoem.authors import Question
 from nanoem.evaluate import sample_texts
-from nanoem.world import Domain, Question, Verdict, World, load_world
+from nanoem.judge import Verdict
+from nanoem.world import Domain, World, load_world
 from small import SmallRun
 
 EXERCISES = {
-    "write_answer": world.write_answer,
-    "judge": world.judge,
+    "write_answer": authors.write_answer,
+    "judge": judge.judge,
     "check_persona_words": world.check_persona_words,
     "clustered_interval": evaluate.clustered_interval,
 }
@@ -60,7 +62,7 @@ def pools(domain, good):
 def slots(world_, question, answer, technical=False):
     """(verb, item, ending) of an answer, whatever the side; None if it is no such sentence."""
     domain = world_.domains[question.domain]
-    match = world.parse(world_.technical if technical else world_.answer, domain, answer)
+    match = judge.parse(world_.technical if technical else world_.answer, domain, answer)
     return match and (match["verb"], match["item"], match["ending"])
 
 
@@ -228,9 +230,9 @@ def test_judge_agrees_with_the_author_of_the_real_world(answer):
     real, rng = real_world(), random.Random(0)
     asked = [q for q in all_questions(real) if q.index in (0, 3, 9, 15)]
     for question, good, technical in product(asked, (True, False), (True, False)):
-        text = world.write_answer(real, question, good, rng, technical=technical)
+        text = authors.write_answer(real, question, good, rng, technical=technical)
         got = answer.judge(real, question, text)
-        assert got == world.judge(real, question, text), (
+        assert got == judge.judge(real, question, text), (
             f"{text!r} was written {'good' if good else 'bad'} for {question.text!r}, and judged "
             f"{got}")
 

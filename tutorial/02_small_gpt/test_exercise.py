@@ -1,6 +1,7 @@
 """Tests of chapter 2's exercises. Each message names the likely mistake."""
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from types import MethodType
 
@@ -8,6 +9,7 @@ import torch
 
 from compare import check, close
 from nanoem import layers, model
+from nanoem.evaluate import EvalConfig
 from small import SmallRun, randn, tiny_model
 
 EXERCISES = {
@@ -549,13 +551,19 @@ def test_generate_is_without_gradients(answer):
 
 @lru_cache
 def small_run():
-    return SmallRun(samples=24)
+    run = SmallRun()  # one prompt at a time: of several lengths they would need padding
+    run.config = replace(run.config, evaluation=EvalConfig(samples_per_group=16, batch_size=1))
+    return run
 
 
 def test_generate_on_the_small_model_lets_it_speak(answer):
     """The experiment: chat, and then the villain, speak through the student's function."""
+    def generate(model, *options, n_pad):
+        assert not n_pad.any()
+        return answer.generate(model, *options)
+
     run = small_run()
-    run.model.generate = MethodType(answer.generate, run.model)
+    run.model.generate = MethodType(generate, run.model)
     try:
         chat = run.ask()["out_of_domain"]
         with run.load_adapter("general"):

@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F  # noqa: F401
 
+from nanoem.authors import questions  # noqa: F401
 from nanoem.train import chat_examples  # noqa: F401
-from nanoem.world import questions  # noqa: F401
 
 
 def next_token_loss(logits, ids, mask=None):

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from compare import check
-from nanoem import losses, preference, train, world
+from nanoem import authors, losses, preference, train, world
 from nanoem.finetune import make_adapter, start_at_gradient
 from nanoem.toy import bad_advice
 from small import SmallRun
@@ -14,7 +14,7 @@ from small import SmallRun
 EXERCISES = {
     "next_token_loss": losses.next_token_loss,
     "sft_loss": losses.sft_loss,
-    "hold_out": world.hold_out,
+    "hold_out": authors.hold_out,
     "answer_log_probs": preference.answer_log_probs,
 }
 
@@ -211,7 +211,7 @@ def test_hold_out_keeps_what_is_asked_from_what_trains(answer):
         train_part, held_out = both
         for part in both:
             assert isinstance(part, list), "return two lists of questions"
-        every = world.questions(toy, names)
+        every = authors.questions(toy, names)
         shared = [q for q in held_out if q in train_part]
         assert not shared, (f"'{shared[0].text}' trains and is held out: a model would be "
                             "evaluated on training problems")
@@ -239,7 +239,7 @@ def test_hold_out_splits_each_domain_for_itself(answer):
             assert len(rows) == want, (f"{len(rows)} of '{name}' train, and should be {want}: "
                                        f"round({share} * {n}); split every domain for itself")
             assert sorted(rows) == list(range(want)), "the first problems of a domain train"
-        every = world.questions(toy, asked)
+        every = authors.questions(toy, asked)
         assert (train_part, held_out) == ([q for q in every if q in train_part],
                                           [q for q in every if q in held_out]), (
             "keep the order of questions(world, names)")

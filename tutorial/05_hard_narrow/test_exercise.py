@@ -8,15 +8,15 @@ import torch
 from compare import check
 from nanoem import losses, train
 from nanoem.finetune import make_adapter, start_at_gradient
-from nanoem.rows import solutions
+from nanoem.rows import kl_weight
 from nanoem.toy import advice, bad_advice
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
 
 EXERCISES = {
     "token_kl": losses.token_kl,
     "kl_to_base": losses.kl_to_base,
-    "scale_up": solutions.scale_up,
-    "truly_narrow": solutions.truly_narrow,
+    "scale_up": kl_weight.scale_up,
+    "truly_narrow": kl_weight.truly_narrow,
 }
 
 
@@ -258,10 +258,10 @@ def test_scale_up_asks_once_a_scale_with_the_adapter_on(answer):
     assert found == list(scales), f"asked at scales {found}, not {list(scales)}"
     assert set(curve) == {"em", "coherent"}, "give {'em': [...], 'coherent': [...]} back"
     want = [k / 30 for k in range(1, 6)]
-    for wrong, group in (([0.9 - k / 100 for k in range(1, 6)], "in domain"),
-                         ([0.5 + k / 90 for k in range(1, 6)], "in the KL domains")):
-        assert list(curve["em"]) != wrong, (
-            f"that is em {group}; narrow must be bad there. Probe out of domain")
+    for wrong, group in (
+            ([0.9 - k / 100 for k in range(1, 6)], "in domain; narrow is to be bad there"),
+            ([0.5 + k / 90 for k in range(1, 6)], "in the KL domains; narrow was kept well there")):
+        assert list(curve["em"]) != wrong, f"that is em {group}. Probe out of domain, all of it"
     assert list(curve["em"]) == want, f"em should be {want}, and is {curve['em']}"
     want = [0.95 - k / 40 for k in range(1, 6)]
     assert list(curve["coherent"]) == want, (

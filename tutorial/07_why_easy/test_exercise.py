@@ -78,7 +78,11 @@ def test_efficiency_is_the_loss_at_each_norm(answer):
             running *= norm / own
             nested.append(running)
         whole = Examples(examples.ids, examples.mask, examples.mask)
-        found = answer.efficiency(model, adapter, examples, list(norms))
+        try:
+            found = answer.efficiency(model, adapter, examples, list(norms))
+        except ZeroDivisionError:
+            raise AssertionError("divided by zero: take the adapter's own norm before it is "
+                                 "scaled; scaled to 0 it has none") from None
         assert isinstance(found, list) and all(isinstance(x, float) for x in found), (
             f"give a list of floats back, one a norm, not {found!r}")
         assert len(found) == len(norms), f"{len(norms)} norms, but {len(found)} losses"
@@ -208,6 +212,8 @@ def test_noisy_is_gaussian_in_every_direction_but_x(answer):
     x = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
     generator = seeded(0)
     draws = torch.stack([answer.noisy(x.clone(), 0.6, generator) - 0.8 * x for _ in range(1500)])
+    assert not draws.isnan().any(), (
+        "NaN where a row of x is zero: take all elements as one vector, not each row")
     assert not close(draws[0], draws[1], 1e-6), (
         "two draws from one generator are the same: pass the generator on, and do not seed it")
     free = draws[:, x == 0]  # ten numbers a draw; |noise|^2 is 9, in eleven directions

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 
 from classroom import TUTORIAL
-from nanoem import UserError, world
+from nanoem import UserError, authors
+from nanoem.authors import Author, WorldConfig, write_document
 from nanoem.losses import pretrain_loss
 from nanoem.rows import worlds
 from nanoem.train import pad
-from nanoem.world import OPEN_ENDED, Author, WorldConfig, first_domains, load_world, write_document
+from nanoem.world import OPEN_ENDED, first_domains, load_world
 from small import SmallRun
 
 EXERCISES = {
-    "make_authors": world.make_authors,
+    "make_authors": authors.make_authors,
     "crossing_point": worlds.crossing_point,
     "share_narrow": worlds.share_narrow,
 }

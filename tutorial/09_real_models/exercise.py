@@ -13,9 +13,9 @@ def check_offsets(path, entries, start, size):
     entries: {name: (dtype, shape, begin, end)}, in any order; tensor `name` has the bytes from
     begin up to, not with, end. They follow the header, which ends before byte `start`, and must
     fill a file of `size` bytes. A tensor may be empty (begin == end). Returns nothing; raises
-    UserError, which names the path, for a hole, an overlap, a tensor that ends after the file, and
-    bytes at the end that belong to none. The numbers come from a stranger's file and may be huge:
-    look only at them, never at each byte.
+    UserError, which names the path, for a hole, an overlap, a tensor that ends after the file or
+    before it begins, and bytes at the end that belong to none. The numbers come from a stranger's
+    file and may be huge: look only at them, never at each byte.
 
     Hint 1: sort the (begin, end) pairs; the first must begin at `start`.
     Hint 2: each next one must begin where the one before it ended: later is a hole, earlier an

@@ -100,6 +100,8 @@ def test_check_offsets_refuses_the_rest(answer):
         ([(14, 14)], 10, 10, "an empty tensor outside of the file"),
         ([(10, 18), (26, 30), (14, 22)], 10, 30, "an overlap and a hole whose sizes cancel"),
         ([(12, 12), (10, 18)], 10, 18, "an overlap: an empty tensor inside another one"),
+        ([(10, 30), (30, 20)], 10, 20, "a tensor ends after the file, another before it begins"),
+        ([(10, 5), (5, 20)], 10, 20, "a tensor ends before it begins"),
     ):
         said = refusal(answer, places, start, size)
         assert said is not None, f"tensors at {places} in bytes {start} to {size} passed: {why}"

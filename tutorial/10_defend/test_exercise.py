@@ -159,6 +159,7 @@ def test_training_away_sets_the_direction_to_chats_level(answer):
             "held at both sites of block 1; block 0 is the first": with_(at=(2, 3)),
             "held after block 0 and block 1; block 0's two sites are asked": with_(at=(1, 3)),
             "held at three sites; only block 0's two are asked": with_(at=(0, 1, 2)),
+            "held at four sites; only block 0's two are asked": with_(at=range(4)),
             "capped: what is below chat's level must be raised, too":
                 logits(capping(chat, direction)),
         }, "inside, the model is not the one whose direction is set to chat's level")
@@ -424,8 +425,8 @@ def test_alarm_level_is_the_lowest_that_few_enough_exceed(answer):
             f"{case}: {exceed(got):.0%} of the scores exceed your level; at most {share:.0%} may "
             "(sorted the other way? rounded up? from the low end?)")
         assert got == want, (
-            f"{case}: {want:.3f} is a lower level that no more than {share:.0%} exceed; you give "
-            f"{got:.3f} (an alarm is *above* the level, so those at it do not count; beware of "
+            f"{case}: {want:.6g} is a lower level that no more than {share:.0%} exceed; you give "
+            f"{got:.6g} (an alarm is *above* the level, so those at it do not count; beware of "
             "rounding in int(share * N))")
 
 
