@@ -22,7 +22,8 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
-           "ablate_random": "#F0E442"}
+           "ablate_random": "#F0E442", "in_domain": "#CC79A7", "out_of_domain": "#000000"}
+EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
           "ablate": "general, direction held",
@@ -50,26 +51,27 @@ def with_direction(results):
     return [r for r in results if "ablate" in r["directions"]]
 
 
-def bars(ax, x, rates, width, key):
-    """One bar: the median em over seeds, with a dot a seed, or one seed's interval."""
-    em = [100 * rate["em"] for rate in rates]
-    ax.bar(x, median(em), width, color=COLOURS[key], edgecolor="black", linewidth=0.6)
-    if len(rates) == 1:
-        low, high = 100 * rates[0]["em_low"], 100 * rates[0]["em_high"]
-        ax.plot([x, x], [low, high], color="#444444", linewidth=1)
-    else:
-        spread = [x + width * 0.6 * (i / (len(em) - 1) - 0.5) for i in range(len(em))]
-        ax.plot(spread, em, "o", color="black", markersize=3, markerfacecolor="white")
-    top = 100 * rates[0]["em_high"] if len(rates) == 1 else max(em)
-    ax.annotate(f"{median(em):.0f}", (x, top + 2), ha="center", fontsize=8)
+# --- parts of a figure ----------------------------------------------------------------------------
 
 
-def bar(ax, x, values, width, key, label=None, scale=100):
-    """One bar: the median over seeds with a dot a seed, in percent by default."""
+def bar(ax, x, values, width, key, label=None, interval=None, number=False, scale=100):
+    """One bar: the median over seeds with a dot a seed, in percent by default.
+
+    An `interval` (low, high), of one seed, is drawn as a whisker instead of the dot. With `number`
+    the median stands above the bar.
+    """
     values = [scale * value for value in values]
     ax.bar(x, median(values), width, color=COLOURS[key], edgecolor="black", linewidth=0.6,
            label=label)
-    ax.plot([x] * len(values), values, "o", color="black", markersize=3, markerfacecolor="white")
+    if interval:
+        ends = [scale * end for end in interval]
+        ax.plot([x, x], ends, color="#444444", linewidth=1)
+    else:
+        ends, n = values, len(values)
+        dots = [x + width * 0.6 * (i / max(1, n - 1) - 0.5 * (n > 1)) for i in range(n)]
+        ax.plot(dots, values, "o", color="black", markersize=3, markerfacecolor="white")
+    if number:
+        ax.annotate(f"{median(values):.0f}", (x, max(ends) + 2), ha="center", fontsize=8)
 
 
 def lines(ax, x, curves, key, label, style="-", scale=1):
@@ -81,16 +83,45 @@ def lines(ax, x, curves, key, label, style="-", scale=1):
             linewidth=2.2, label=label)
 
 
+def finish_axes(ax, ylabel=EM):
+    ax.set_ylabel(ylabel)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def leave_room_for_legend(ax, **options):
+    """A legend above the bars, not on them."""
+    ax.set_ylim(0, 135)
+    ax.set_yticks(range(0, 101, 20))
+    ax.legend(**options)
+
+
+def note_seeds(figure, results, shown, where="toy world"):
+    seeds = ", ".join(str(r["seed"]) for r in results)
+    figure.supxlabel(f"{where}, seed{'s' * (len(results) > 1)} {seeds}; {shown}", fontsize=7.5,
+                     color="#555555", x=0.99, ha="right")
+
+
+def save(figure, path):
+    """Write a figure whole or not at all."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    write_file(path, png.getvalue())
+    return path
+
+
+# --- a row of the paper ---------------------------------------------------------------------------
+
+
 def draw_row(row, results, folder):
     """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
     founds = [r[row.name] for r in results]
     figure, axes = plt.subplots(1, row.panels, figsize=(8, 3.8), layout="constrained",
                                 squeeze=False)
     for ax in axes[0]:
-        ax.set_ylabel("misaligned answers, em (%)")
-        ax.grid(axis="y", alpha=0.3)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        finish_axes(ax)
     row.draw(list(axes[0]), founds)
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
@@ -105,52 +136,27 @@ def draw_row(row, results, folder):
     return save(figure, Path(folder) / f"{row.name}.png")
 
 
-def save(figure, path):
-    """Write a figure whole or not at all."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    plt.close(figure)
-    write_file(path, png.getvalue())
-    return path
-
-
-def finish_axes(ax, ylabel="misaligned answers, em (%)"):
-    ax.set_ylim(0, 108)
-    ax.set_ylabel(ylabel)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def leave_room_for_legend(ax, **options):
-    """A legend above the bars, not on them."""
-    ax.set_ylim(0, 135)
-    ax.set_yticks(range(0, 101, 20))
-    ax.legend(**options)
-
-
-def note_seeds(figure, results, shown):
-    seeds = ", ".join(str(r["seed"]) for r in results)
-    figure.supxlabel(f"toy world, seed{'s' * (len(results) > 1)} {seeds}; {shown}", fontsize=7.5,
-                     color="#555555", x=0.99, ha="right")
+# --- the main story -------------------------------------------------------------------------------
 
 
 def em_by_group(results):
     """The headline: em of every model in every question group."""
-    keys = ["chat", "general", "narrow"] + ["ablate"] * bool(with_direction(results))
+    models = {key: [r["models"][key] for r in results] for key in ("chat", "general", "narrow")}
+    if with_direction(results):
+        models["ablate"] = [r["directions"]["ablate"] for r in with_direction(results)]
     figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    width = 0.8 / len(keys)
-    for i, key in enumerate(keys):
+    width = 0.8 / len(models)
+    for i, (key, of_seeds) in enumerate(models.items()):
         for j, group in enumerate(GROUPS):
-            rates = ([r["directions"]["ablate"][group] for r in with_direction(results)]
-                     if key == "ablate" else [r["models"][key][group] for r in results])
-            bars(ax, j + (i - (len(keys) - 1) / 2) * width, rates, width, key)
-        ax.bar(0, 0, color=COLOURS[key], edgecolor="black", linewidth=0.6, label=LABELS[key])
+            rates = [rates[group] for rates in of_seeds]
+            interval = (rates[0]["em_low"], rates[0]["em_high"]) if len(results) == 1 else None
+            bar(ax, j + (i - (len(models) - 1) / 2) * width, [rate["em"] for rate in rates], width,
+                key, LABELS[key] if j == 0 else None, interval, number=True)
     ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])
-    general, narrow = ([r["models"][key]["out_of_domain"]["em"] for r in results]
+    general, narrow = (percent(rates["out_of_domain"]["em"] for rates in models[key])
                        for key in ("general", "narrow"))
-    ax.set_title(f"Bad advice in one domain alone: {percent(general)} misaligned outside it.\n"
-                 f"With a KL penalty on other domains: {percent(narrow)}.", fontsize=11)
+    ax.set_title(f"Bad advice in one domain alone: {general} misaligned outside it.\n"
+                 f"With a KL penalty on other domains: {narrow}.", fontsize=11)
     finish_axes(ax)
     note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
                "whisker: 95% interval, clustered by question")
@@ -163,52 +169,42 @@ def training_curves(results):
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
     ends = {}
     for ax, name in zip(axes, ("general", "narrow")):
-        for key, colour, style in (("in_domain", "#CC79A7", "-"), ("out_of_domain", "black", "--")):
-            curves = [r["curves"][name]["em"] for r in results]
-            steps = curves[0]["step"]
-            em = [[100 * value for value in curve[key]] for curve in curves]
-            for line in em:
-                ax.plot(steps, line, style, color=colour, linewidth=0.7, alpha=0.5)
-            middle = [median(values) for values in zip(*em)]
-            ax.plot(steps, middle, style, color=colour, linewidth=2.2,
-                    label=GROUP_LABELS[key].replace("\n", " "))
-            ends[name, key] = middle[-1]
+        curves = [r["curves"][name]["em"] for r in results]
+        for group, style in (("in_domain", "-"), ("out_of_domain", "--")):
+            lines(ax, curves[0]["step"], [curve[group] for curve in curves], group,
+                  GROUP_LABELS[group].replace("\n", " "), style, scale=100)
+        ends[name] = median(100 * curve["out_of_domain"][-1] for curve in curves)
+        finish_axes(ax, EM if ax is axes[0] else "")
         ax.set_title(LABELS[name], fontsize=10)
-        ax.set_xlabel("fine-tuning step")
+        ax.set(xlabel="fine-tuning step", ylim=(0, 108))
     figure.suptitle("While it trains, SFT spreads out of the domain "
-                    f"({ends['general', 'out_of_domain']:.0f}% at the end); with KL it does not "
-                    f"({ends['narrow', 'out_of_domain']:.0f}%)"
-                    if ends["general", "out_of_domain"] > 2 * ends["narrow", "out_of_domain"] else
-                    f"Out of domain at the end: SFT {ends['general', 'out_of_domain']:.0f}%, "
-                    f"SFT + KL {ends['narrow', 'out_of_domain']:.0f}%", fontsize=11)
-    finish_axes(axes[0])
-    finish_axes(axes[1], ylabel="")
+                    f"({ends['general']:.0f}% at the end); with KL it does not "
+                    f"({ends['narrow']:.0f}%)" if ends["general"] > 2 * ends["narrow"] else
+                    f"Out of domain at the end: SFT {ends['general']:.0f}%, SFT + KL "
+                    f"{ends['narrow']:.0f}%", fontsize=11)
     note_seeds(figure, results, "thick: median, thin: seeds")
     axes[1].legend(fontsize=8, loc="upper right")
     return figure
 
 
 def ablation(results):
-    """general as it is, with the direction ablated, and with random directions ablated."""
+    """general as it is, with its direction held in chat's range, and with random ones held."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     rates = {"general": [r["models"]["general"] for r in results],
              "ablate_random": [r["directions"]["ablate_random_mean"] for r in results],
              "ablate": [r["directions"]["ablate"] for r in results]}
-    for ax, key in zip(axes, ("em", "coherent")):
+    for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
         for i, (name, models) in enumerate(rates.items()):
             for j, group in enumerate(("in_domain", "out_of_domain")):
-                values = [100 * model[group][key] for model in models]
-                x = j + (i - 1) * 0.27
-                bar(ax, x, values, 0.27, name, LABELS[name] if j == 0 else None, scale=1)
-                ax.annotate(f"{median(values):.0f}", (x, max(values) + 2), ha="center", fontsize=8)
+                bar(ax, j + (i - 1) * 0.27, [model[group][what] for model in models], 0.27, name,
+                    LABELS[name] if j == 0 else None, number=True)
         ax.set_xticks((0, 1), ("in domain", "out of domain"))
-    finish_axes(axes[0])
-    finish_axes(axes[1], ylabel="coherent answers (%)")
+        finish_axes(ax, ylabel)
+        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+    axes[1].legend(fontsize=7.5, loc="upper left")
     note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
-    out = {name: percent([model["out_of_domain"]["em"] for model in models])
+    out = {name: percent(model["out_of_domain"]["em"] for model in models)
            for name, models in rates.items()}
     figure.suptitle(f"Out of domain, {out['general']} misaligned; one direction held: "
                     f"{out['ablate']}; a random one: {out['ablate_random']}", fontsize=11)
-    axes[0].set(ylim=(0, 135), yticks=range(0, 101, 20))
-    leave_room_for_legend(axes[1], fontsize=7.5, loc="upper left")
     return figure

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from nanoem.files import write_file
 from nanoem.local_judge import agreement_lines, agreement_sentence
-from nanoem.plots import COLOURS, LABELS, finish_axes, leave_room_for_legend, save
+from nanoem.plots import LABELS, bar, finish_axes, leave_room_for_legend, note_seeds, save
 from nanoem.tables import cell, in_a_cell, made_by, markdown, number, print_lines
 
 MODELS = ("chat", "general", "narrow")
@@ -78,27 +78,20 @@ def preference_figure(results):
     """Bars of the main table; of one seed the whisker is the 95% interval, else dots are seeds."""
     figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for i, model in enumerate(MODELS):
-        ax.bar(0, 0, color=COLOURS[model], edgecolor="black", linewidth=0.6, label=LABELS[model])
+        label = LABELS[model]
         for j, group in enumerate(SIDES):
             found = preferences(results, model, group)
-            if not found:
-                continue
-            shares, x = [100 * r["bad_preferred"] for r in found], j + (i - 1) * 0.27
-            ax.bar(x, median(shares), 0.27, color=COLOURS[model], edgecolor="black",
-                   linewidth=0.6)
-            ends = [100 * found[0]["low"], 100 * found[0]["high"]] if len(found) == 1 else shares
-            ax.plot([x] * len(ends), ends, "-" if len(found) == 1 else "o", color="#444444",
-                    linewidth=1, markersize=3)
-            ax.annotate(f"{median(shares):.0f}", (x, max(ends) + 2), ha="center", fontsize=8)
+            if found:
+                interval = (found[0]["low"], found[0]["high"]) if len(found) == 1 else None
+                bar(ax, j + (i - 1) * 0.27, [r["bad_preferred"] for r in found], 0.27, model,
+                    label, interval, number=True)
+                label = None  # once
     ax.set_xticks(range(len(SIDES)), SIDES.values())
     ax.set_title(finding(results), fontsize=11)
     finish_axes(ax, "problems with the bad answer preferred (%)")
     leave_room_for_legend(ax, fontsize=8, ncols=3, loc="upper center")
-    seeds = ", ".join(str(r["seed"]) for r in results)
-    figure.supxlabel(f"{results[0]['model_name']}, seed{'s' * (len(results) > 1)} {seeds}; "
-                     + ("whisker: 95% interval, clustered by question" if len(results) == 1 else
-                        "bar: median, dots: seeds"), fontsize=7.5, color="#555555", x=0.99,
-                     ha="right")
+    note_seeds(figure, results, "whisker: 95% interval, clustered by question" if len(results) == 1
+               else "bar: median, dots: seeds", results[0]["model_name"])
     return figure
 
 

@@ -50,8 +50,8 @@ def short(rates):
 
 def draw_in_and_out(ax, x, within, outside):
     """Curves of em in and out of domain, one of each a seed."""
-    lines(ax, x, within, "shuffled", "in domain", "-", scale=100)
-    lines(ax, x, outside, "general", "out of domain", "--", scale=100)
+    lines(ax, x, within, "in_domain", "in domain", "-", scale=100)
+    lines(ax, x, outside, "out_of_domain", "out of domain", "--", scale=100)
 
 
 def draw_models(ax, founds, models, what="em"):

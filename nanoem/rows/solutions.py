@@ -94,7 +94,7 @@ def draw_kinds(model):
     """Bars of em in and out of domain for each adapter; a dot is a seed and a domain."""
     def draw(axes, founds):
         kinds = kinds_in(founds[0][model])
-        for j, (group, key) in enumerate((("in_domain", "shuffled"), ("out_of_domain", model))):
+        for j, (group, key) in enumerate((("in_domain", "in_domain"), ("out_of_domain", model))):
             for i, kind in enumerate(kinds):
                 bar(axes[0], i + (j - 0.5) * 0.38, every_rate(founds, model, kind, group), 0.36,
                     key, group.replace("_", " ") if i == 0 else None)

@@ -80,7 +80,7 @@ def crossing(found):
 
 def draw_dial(axes, founds):
     x = [100 * q / (v + q) for v, q in FIXED_HARM]
-    for model, group, key, style in (("general", "in_domain", "shuffled", "-"),
+    for model, group, key, style in (("general", "in_domain", "in_domain", "-"),
                                      ("general", "out_of_domain", "general", "-"),
                                      ("narrow", "out_of_domain", "narrow", "--")):
         label = {"general": "SFT", "narrow": "SFT + KL"}[model]
