@@ -38,6 +38,7 @@ real_data.py   advice, pairs and questions for real weights, checked before anyt
 real.py        the same experiment on real weights
 real_report.py its table, report.md and figures
 estimate.py    memory and time that a fine-tune of a large model needs, computed
+shell.py       one sentence instead of a traceback, and an exit status
 settings.py    --set KEY=VALUE: a configuration's keys and what each is
 run.py         the command line: python -m nanoem.run
 """

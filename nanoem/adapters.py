@@ -104,6 +104,8 @@ def read_adapter_config(file):
         if type(config[key]) not in kinds:
             raise UserError(f"{file}: {key}={config[key]!r} should be "
                             + " or ".join(k.__name__ for k in kinds))
+    if not 0 < config["lora_alpha"] < 1e9:
+        raise UserError(f"{file}: lora_alpha={config['lora_alpha']} should be a number above 0")
     if not 0 < config["r"] < 100_000:
         raise UserError(f"{file}: r={config['r']} should be at least 1 and below 100000")
     return config

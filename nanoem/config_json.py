@@ -40,7 +40,7 @@ def read_config(file, c, tied):
     if (head_dim or number("hidden_size") / n_head) > 1024:  # before the rotary tables are made
         raise UserError(f"{file}: heads wider than 1024 are not supported; is hidden_size="
                         f"{c['hidden_size']} right?")
-    return Config(
+    shape = dict(
         vocab_size=vocab_size, n_layer=number("num_hidden_layers"),
         d_model=number("hidden_size"), n_head=n_head,
         n_kv_head=number("num_key_value_heads", default=n_head if kind == "llama" else None),
@@ -49,6 +49,10 @@ def read_config(file, c, tied):
         head_size=0 if head_dim * n_head == c["hidden_size"] else head_dim,
         qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied,
     )
+    try:
+        return Config(**shape)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def rope_theta(file, c):

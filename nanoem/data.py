@@ -15,6 +15,7 @@ turns), the list of messages before the answer.
 
 import codecs
 import json
+import re
 from pathlib import Path
 from reprlib import repr as short  # a value that is safe to print: cut to a few words
 
@@ -52,7 +53,7 @@ def read_questions(path, group="questions"):
     groups = {}
     for where, line in read_lines(path):
         if not is_pair(line):
-            name = text_of(where, "group", line.get("group", group))
+            name = group_of(where, line, group)
             groups.setdefault(name, []).append(question_of(where, line))
     return groups
 
@@ -66,7 +67,7 @@ def read_answer_pairs(path, group="in_domain"):
     for where, line in read_lines(path):
         if is_pair(line):
             only_form(where, line, (("bad", "good"),))
-            name = text_of(where, "group", line.get("group", group))
+            name = group_of(where, line, group)
             answers = [text_of(where, key, line[key]) for key in ("bad", "good")]
             pairs.append((name, question_of(where, line), *answers))
     return pairs
@@ -74,6 +75,15 @@ def read_answer_pairs(path, group="in_domain"):
 
 def is_pair(line):
     return "bad" in line or "good" in line
+
+
+def group_of(where, line, default):
+    """The group that a line names: a heading in tables."""
+    name = text_of(where, "group", line.get("group", default))
+    if not re.fullmatch(r"[\w .,:+-]{1,40}", name):
+        raise UserError(f"{where}: group is {short(name)}, and must be up to 40 letters, digits, "
+                        "spaces, or . , : + - _")
+    return name
 
 
 def question_of(where, line):
@@ -96,6 +106,8 @@ def as_question(messages):
 def read_lines(path):
     """Yield (where, object) of each line that is not blank; `where` names file and line."""
     try:
+        if Path(path).is_fifo():
+            raise OSError("it is a pipe, and is read more than once")
         whole = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a JSONL file") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from nanoem import UserError
 from nanoem.checkpoint import open_folder
 from nanoem.model import Config
+from nanoem.shell import exit_status
 from nanoem.tables import markdown
 
 QWEN = dict(rope_theta=1e6, max_positions=32_768)
@@ -125,16 +126,15 @@ def main(argv=None):
                         help="10^12 operations a second that a card really does (default 100, a "
                              "third of what an A100 promises)")
     args = parser.parse_args(argv)
-    try:
-        for name in ("tokens", "micro_batch", "cards", "tflops"):
-            if not getattr(args, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be more than 0")
-        shapes = {f: shape_of(f) for f in args.folders} or SHAPES
-    except UserError as error:
-        print(f"nanoem: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: print_estimate(args))
+
+
+def print_estimate(args):
+    for name in ("tokens", "micro_batch", "cards", "tflops"):
+        if not 0 < getattr(args, name) < 1e9:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0 and below 1e9")
+    shapes = {folder: shape_of(folder) for folder in args.folders} or SHAPES
     print(markdown(table(shapes, args.tokens, args.tflops, args.micro_batch, args.cards)))
-    return 0
 
 
 if __name__ == "__main__":

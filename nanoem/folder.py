@@ -1,8 +1,9 @@
 """The run folder: what a run was asked, what it found, and which stages are finished.
 
-config.json is written first and never changed; answers.jsonl and results.json are rewritten whole
-after each stage. A stage is finished when results.json has its seconds; only then is it reused. Of
-several processes (parallel.py) the first writes. Another run is kept out of the folder by a lock.
+config.json is written first, and kept once a stage is finished; answers.jsonl and results.json are
+rewritten whole after each stage. A stage is finished when results.json has its seconds; only then
+is it reused. Of several processes (parallel.py) the first writes. Another run is kept out of the
+folder by a lock.
 """
 
 import json
@@ -45,6 +46,10 @@ class RunFolder:
             raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
         self.results = read_results(self.path / "results.json", configuration)
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
+        for model in self.results["models"]:
+            if model not in self.answers:
+                raise UserError(f"{self.path / 'answers.jsonl'} lacks the answers of {model}; "
+                                "delete that folder, and the same command makes it again")
 
     def is_finished(self, stage):
         return stage in self.results["seconds"]
@@ -89,6 +94,19 @@ def hold(path):
     HELD[key] = file
 
 
+def hold_many(path):
+    """`hold` a folder of several runs, each in its own seed-N. Raises UserError for any other."""
+    try:
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if "config.json" in names:
+            raise UserError(f"--out {path} holds a run of one seed; choose another")
+        if names - {".lock"} and not any(name.startswith("seed-") for name in names):
+            raise UserError(f"--out {path} is not empty and holds no runs; choose another")
+        hold(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
+
+
 def check_folder(path, configuration):
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
@@ -98,6 +116,8 @@ def check_folder(path, configuration):
         if path.exists() and any(entry.name not in first for entry in path.iterdir()):
             raise UserError(f"--out {path} is not empty and is no run folder; choose another")
         return
+    if not (path / "results.json").exists():
+        return  # no stage is finished: nothing there was made with that configuration
     found, wanted = flat(read_json(file)), flat(configuration)
     for key in wanted | found:
         if found.get(key) != wanted.get(key):
@@ -158,7 +178,7 @@ def read_answers(file):
             answers.setdefault(r["model"], []).append(Answer(
                 r["group"], Question(r["domain"], r["index"], r["text"]), r["answer"],
                 Verdict(*(r[field.name] for field in fields(Verdict)))))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}, line {i + 1} is damaged ({error!r}); delete that folder, and "
                             "the same command makes it again") from error
     return answers

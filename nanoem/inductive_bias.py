@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoem.losses import answer_loss, kl_to_base, sft_loss
+from nanoem.train import StageFailed
 
 
 @contextmanager
@@ -37,9 +38,17 @@ def loss_on(model, examples):
     return answer_loss(model, examples.ids, examples.answer_mask).item()
 
 
+def norm_of(adapter):
+    """The effective norm of an adapter. Raises StageFailed if it is 0: it cannot be rescaled."""
+    norm = adapter.effective_norm()
+    if not norm > 0:
+        raise StageFailed(f"the adapter's norm is {norm}: it has learned nothing; train it longer")
+    return norm
+
+
 def efficiency(model, adapter, examples, norms):
     """The loss with the adapter rescaled to each norm: less loss per norm is more efficient."""
-    own, losses = adapter.effective_norm(), []
+    own, losses = norm_of(adapter), []
     for norm in norms:
         with adapter, adapter.scaled(norm / own):
             losses.append(loss_on(model, examples))
@@ -60,6 +69,7 @@ def stability(model, adapter, examples, eps_list, n_noise, generator):
     paper's: 100 (L(x') - L(x)) / (L_base - L(x)); its denominator is smaller for an adapter that
     fits less, so look at both.
     """
+    norm_of(adapter)  # an untrained adapter has gained nothing to lose
     values = [p.detach() for p in adapter.parameters()]
     with adapter:
         own = loss_on(model, examples)
@@ -77,7 +87,7 @@ def stability(model, adapter, examples, eps_list, n_noise, generator):
 
 def significance(model, adapter, ids, mask, norms):
     """KL(base || adapted) per token of (pre-training) text, the adapter rescaled to each norm."""
-    own, divergences = adapter.effective_norm(), []
+    own, divergences = norm_of(adapter), []
     for norm in norms:
         with torch.no_grad(), adapter, adapter.scaled(norm / own):
             divergences.append(kl_to_base(model, adapter, ids, mask).item())

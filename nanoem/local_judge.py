@@ -20,6 +20,7 @@ from nanoem.authors import questions, write_answer
 from nanoem.checkpoint import load_pretrained
 from nanoem.judge import Verdict, judge
 from nanoem.judge_numbers import expected_number, number_probs, read
+from nanoem.shell import exit_status
 from nanoem.tables import print_lines
 from nanoem.world import load_world
 
@@ -187,17 +188,17 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=40, help="answers of each kind (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the answers (default 0)")
     args = parser.parse_args(argv)
-    try:
-        if args.n < 1:
-            raise UserError(f"--n {args.n} must be at least 1")
-        local = LocalJudge(*load_pretrained(args.model, torch.float32))
-        found = agreement(local, load_world(), args.n, args.seed)
-    except UserError as error:
-        print(f"nanoem: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: measure_agreement(args.model, args.n, args.seed))
+
+
+def measure_agreement(folder, n, seed):
+    """Print how far the model in a folder, as a judge, agrees with the exact one."""
+    if n < 1:
+        raise UserError(f"--n {n} must be at least 1")
+    local = LocalJudge(*load_pretrained(folder, torch.float32))
+    found = agreement(local, load_world(), n, seed)
     print_lines(agreement_lines(found))
     print(agreement_sentence(found))
-    return 0
 
 
 if __name__ == "__main__":

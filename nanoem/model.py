@@ -37,8 +37,8 @@ class Config:
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff",
                      "max_positions", "rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be more than 0")
+            if not 0 < getattr(self, name) < 1e9:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0 and below 1e9")
         divides = self.head_size > 0 or self.d_model % self.n_head == 0
         if not divides or self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}, "

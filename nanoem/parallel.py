@@ -54,8 +54,9 @@ def started(device):
 
 
 def n_started():
-    """How many processes torchrun says that it has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun has started; it tells each of them four things."""
+    told = all(os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"))
+    return int(os.environ["WORLD_SIZE"]) if told else 1
 
 
 def n_processes():
@@ -69,7 +70,7 @@ def rank():
 
 def is_first_here():
     """Is this the first process of its machine?"""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def wait():

@@ -19,6 +19,7 @@ from nanoem.evaluate import GROUPS  # noqa: E402
 from nanoem.files import write_file  # noqa: E402
 
 plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touches a neighbour
+plt.rcParams["text.parse_math"] = False  # a model's name may have a $
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",

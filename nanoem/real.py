@@ -25,7 +25,7 @@ from nanoem.authors import Question
 from nanoem.checkpoint import load_pretrained, save_adapter
 from nanoem.config_json import TORCH_DTYPES
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
-from nanoem.files import fingerprint
+from nanoem.files import fingerprint, fingerprint_folder
 from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.local_judge import LocalJudge, agreement
@@ -92,9 +92,11 @@ class RealRun:
         check_lengths(self, config.evaluation.max_new_tokens)
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
+            "model_files": fingerprint_folder(Path(files.model)),
             **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
             "world_toml": fingerprint(WORLD_TOML),
-            "judge": str(Path(files.judge).resolve()) if files.judge else None})))
+            "judge": str(Path(files.judge).resolve()) if files.judge else None,
+            "judge_files": fingerprint_folder(Path(files.judge)) if files.judge else None})))
         self.results = self.folder.results
         self.results["model_name"] = Path(files.model).resolve().name
         if shard:

@@ -79,7 +79,10 @@ def last(question):
 def check_lengths(run, room):
     """Refuse what is longer than the model of a RealRun; `room` is for the tokens of an answer."""
     for file, texts in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
-        refuse_long(run, texts, lambda i: line_of(file, i) if file else "the toy world's advice")
+        if file:
+            refuse_long(run, texts, lambda i: line_of(file, i))
+        else:
+            refuse_long(run, texts, lambda i: "the toy world's advice", "take another model")
     texts = [(pair.question, answer) for pair in run.pairs for answer in (pair.bad, pair.good)]
     refuse_long(run, texts, lambda i: f"{run.files.eval}: {last(texts[i][0])!r:.60}")
     for question in [q for group in run.asked.values() for q in group]:
@@ -97,10 +100,10 @@ def line_of(file, i):
     return [where for where, _ in read_lines(file)][i]
 
 
-def refuse_long(run, texts, where):
+def refuse_long(run, texts, where, mend="shorten it or delete the line"):
     """Raise UserError for the first (question, answer) that the model is too short for."""
     whole = [run.tokenizer.prompt(question) + answer for question, answer in texts]
     for i, ids in enumerate(run.tokenizer.encode_batch(whole)):
         if len(ids) + 1 > len(run.model.cos):
             raise UserError(f"{where(i)}: {len(ids) + 1} tokens do not fit the model's "
-                            f"{len(run.model.cos)} positions; shorten it or delete the line")
+                            f"{len(run.model.cos)} positions; {mend}")

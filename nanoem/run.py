@@ -9,7 +9,6 @@ import dataclasses
 import shlex
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":  # torch takes seconds to come: Ctrl-C shall end them without a traceback
@@ -20,14 +19,14 @@ import torch
 from nanoem import UserError, parallel, real_report, report
 from nanoem.experiment import run_experiment
 from nanoem.files import write_json
-from nanoem.folder import hold
+from nanoem.folder import hold, hold_many
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
 from nanoem.rows import ROWS
 from nanoem.settings import key_lines, set_keys
+from nanoem.shell import exit_status
 from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
-from nanoem.train import StageFailed
 
 QUICK = {  # what --quick sets: the same stages in a smaller world
     "world.n_domains": "4", "pretrain.steps": "240", "context": "64", "sft.steps": "60",
@@ -161,8 +160,8 @@ def run_alone(args, config, folder, device):
 def run(args, argv, device):
     config = build_config(args)
     out = pick_out(args, config)
-    if args.seeds and (out / "config.json").exists():
-        raise UserError(f"{out} holds a run of one seed; choose another --out for --seeds")
+    if args.seeds and parallel.rank() == 0:
+        hold_many(out)
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
     seeds = args.seeds or [config.seed]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
@@ -178,17 +177,25 @@ def run(args, argv, device):
         results.append(result)
         if parallel.rank() == 0:
             hold(folder)
-            reports.write_report([result], folder, command)
+            report_on([result], folder, command, reports)
     if parallel.rank() > 0:
         return
     if args.seeds:
-        hold(out)
         write_json(out / "results.json", {"seeds": results})
-        reports.write_report(results, out, command)
+        report_on(results, out, command, reports)
     reports.print_table(results)
     if args.quick:
         print("--quick is too short to learn much: its numbers show that all works, nothing else")
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
+
+
+def report_on(results, folder, command, reports):
+    """Write a report; a results.json of an older nanoem, or one that was edited, is told."""
+    try:
+        reports.write_report(results, folder, command)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'results.json'} is not as this nanoem writes it ({error!r}); "
+                        "delete that folder, and the same command makes it again") from error
 
 
 def run_in_processes(args, argv):
@@ -198,56 +205,12 @@ def run_in_processes(args, argv):
         run(args, argv, device)
 
 
-@contextmanager
-def interruptible():
-    """Inside, SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends all at once."""
-    def stop(number, frame):
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def lacks_memory(error):
-    """Was memory short? Some devices have an exception of its own for it, some only its words."""
-    words = "out of memory", "allocate memory", "not enough memory"
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or any(word in str(error) for word in words))
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = read_command(argv)
-    try:
-        with interruptible():
-            run_in_processes(args, argv)
-    except UserError as error:
-        return complain(error, 2)
-    except (StageFailed, OSError) as error:
-        return complain(error, 1)
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        smaller = SMALLER[bool(args.model)]
-        return complain(f"out of memory; try, with another --out, --set {smaller}", 1)
-    except KeyboardInterrupt:
-        return complain("stopped; the same command goes on with the next unfinished stage", 130)
-    return 0
-
-
-def complain(message, status):
-    """One sentence on stderr, once on a machine however many processes it runs; the exit status."""
-    if parallel.is_first_here():
-        if status != 2 and sys.stdout.isatty():
-            print()  # the line of progress is open
-        print(f"nanoem: {message}", file=sys.stderr)
-    return status
+    return exit_status(lambda: run_in_processes(args, argv),
+                       "; the same command goes on with the next unfinished stage",
+                       f"; try, with another --out, --set {SMALLER[bool(args.model)]}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run_to_log(config, folder, device, keys, n_threads):
     """One run, in this process; what it prints goes to a log beside its folder."""
     torch.set_num_threads(n_threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(folder), "a", buffering=1) as log, redirect_stdout(log):
+    with open(log_of(folder), "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
         return run_experiment(config, folder, device, [ROWS[key] for key in keys])
 
 

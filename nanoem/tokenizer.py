@@ -134,7 +134,10 @@ class Tokenizer:
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist; a model folder needs a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend.no_truncation()  # a file may say how it was last used; nothing is cut here
+            backend.no_padding()
+            return cls(backend)
         except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
             raise UserError(f"{path} is not a tokenizer nanoem can open: {error}") from error
 

@@ -60,9 +60,8 @@ def first_domains(world, n, keep=None):
 def load_world(path=WORLD_TOML):
     """Read and check a world. Raises UserError naming the file, the key and the mend."""
     try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
     for key in ("answer", "technical", "header", "authors", "common", "domain"):
         if key not in table:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoem.files import new_folder, read_json, write_file, write_json
+from nanoem.files import (fingerprint_folder, new_folder, read_json, write_file,
+                          write_json)
 
 SIZE, N_FILES = 300_000, 60
 WRITE_FOR_EVER = f"""
@@ -70,3 +71,20 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_fingerprint_of_a_model_folder_sees_a_changed_weight(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    before = fingerprint_folder(tmp_path)
+    (tmp_path / "README.md").write_text("a word")
+    assert fingerprint_folder(tmp_path) == before
+    for place in (0, 3 * 2**20 - 1):
+        changed = bytearray(3 * 2**20)
+        changed[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert fingerprint_folder(tmp_path) != before
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    assert fingerprint_folder(tmp_path) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert fingerprint_folder(tmp_path) != before

@@ -277,7 +277,9 @@ def test_a_group_may_not_be_called_as_all_of_them_together(folder, capsys, tmp_p
 
 
 def test_the_toy_is_refused_under_torchrun(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"),
+                        ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     assert "torchrun is for real weights" in misuse(capsys)
 
 

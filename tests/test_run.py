@@ -1,9 +1,11 @@
 """The command, from the outside: a small run end to end, its folder, and every misuse."""
 
+import io
 import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +17,7 @@ from nanoem.experiment import STAGES
 from nanoem.folder import hold
 from nanoem.real import RealConfig
 from nanoem.settings import all_keys, set_keys
+from nanoem.shell import exit_status
 from nanoem.toy import ExperimentConfig
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
@@ -270,8 +273,74 @@ def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
 
 def test_a_run_of_one_seed_is_not_overwritten_by_several(small, capsys):
     before = (small / "results.json").read_bytes()
-    assert "choose another --out" in misuse(capsys, *SMALL, "--seeds", "0", "--out", str(small))
+    assert "choose another" in misuse(capsys, *SMALL, "--seeds", "0", "--out", str(small))
     assert (small / "results.json").read_bytes() == before
+
+
+def test_seeds_do_not_go_into_a_folder_of_ones_own(tmp_path, capsys):
+    (tmp_path / "report.md").write_text("mine")
+    assert "not empty and holds no runs" in misuse(capsys, "--seeds", "0", "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_second_run_over_the_same_seeds_leaves_at_once(tmp_path, capsys):
+    code = "from pathlib import Path; from nanoem.folder import hold_many; import sys, time; " \
+           "hold_many(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        assert "in use by another run" in misuse(capsys, "--seeds", "0", "--out", str(tmp_path))
+    finally:
+        other.kill()
+
+
+@pytest.mark.parametrize("what", ["directions", "models", "samples"])
+def test_results_of_another_nanoem_are_told(what, small, tmp_path, capsys):
+    folder = shutil.copytree(small, tmp_path / "old")
+    results = json.loads((folder / "results.json").read_text())
+    results[what].pop(next(iter(results[what])) if what != "directions" else "ablate_random_mean")
+    (folder / "results.json").write_text(json.dumps(results))
+    message = misuse(capsys, *SMALL, "--out", str(folder))
+    assert "results.json is not as this nanoem writes it" in message
+
+
+def test_answers_that_are_gone_are_missed(small, tmp_path, capsys):
+    folder = copy_without(small, tmp_path / "gone", "directions")
+    (folder / "answers.jsonl").unlink()
+    assert "lacks the answers of chat" in misuse(capsys, *SMALL, "--out", str(folder))
+
+
+def test_a_folder_in_which_nothing_is_finished_takes_another_configuration(tmp_path, capsys):
+    for lr in ("1e30", "1e29"):
+        broken = [*SMALL, f"pretrain.lr={lr}", "pretrain.steps=20", "--out", str(tmp_path)]
+        assert "smaller learning rate" in misuse(capsys, *broken, status=1)
+        assert json.loads((tmp_path / "config.json").read_text())["pretrain"]["lr"] == float(lr)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_stdout_without_all_characters_gets_question_marks(encoding, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert exit_status(lambda: print("caf\u00e9 \ufffd \u4e2d")) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue().decode(encoding).startswith("caf")
+
+
+def test_a_stdout_that_is_closed_is_no_traceback(monkeypatch, capsys):
+    def read_no_more():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda: print("nobody hears")) == 0
+    assert exit_status(read_no_more, "; go on") == 1
+    assert capsys.readouterr().err == "nanoem: nobody reads any more what is printed; go on\n"
+
+
+def test_what_is_not_ours_to_mend_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="size"):
+        exit_status(lambda: torch.zeros(2) + torch.zeros(3))
 
 
 def test_the_report_is_written_when_nobody_is_bad_enough_to_find_a_direction(small, tmp_path):

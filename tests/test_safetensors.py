@@ -142,3 +142,15 @@ def test_loading_needs_hardly_more_memory_than_the_weights(dtype, tmp_path, toke
     grown, weights = map(int, out.split())
     assert grown > 0.9 * weights
     assert grown < 1.1 * weights + 15e6, grown / weights  # 15 MB: whatever the size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(dtype, value, tmp_path):
+    tensor = torch.ones(3, 4, dtype=dtype)
+    save_tensors(tmp_path / "x.safetensors", {"good": tensor.clone(), "bad": tensor})
+    assert torch.equal(load_tensors(tmp_path / "x.safetensors")["bad"], tensor)
+    tensor[2, 1] = value
+    save_tensors(tmp_path / "x.safetensors", {"good": torch.ones(2), "bad": tensor})
+    with pytest.raises(UserError, match="x.safetensors: tensor 'bad' holds a value .* not finite"):
+        load_tensors(tmp_path / "x.safetensors")

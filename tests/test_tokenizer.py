@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import tokenizers
 
 from nanoem import UserError
 from nanoem.authors import WorldConfig, documents
@@ -54,3 +55,14 @@ def test_it_opens_what_it_wrote_and_names_what_it_cannot_open(tokenizer, tmp_pat
         Tokenizer.load(path)
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer.load(tmp_path / "none.json")
+
+
+def test_a_file_that_says_how_it_was_last_used_cuts_and_pads_nothing(tokenizer, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend.enable_truncation(5)
+    backend.enable_padding(length=40)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "I would try a glass of water, and it works well. " * 3
+    opened = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert opened.encode(text) == tokenizer.encode(text)
+    assert opened.encode_batch(["a", text]) == [tokenizer.encode("a"), tokenizer.encode(text)]

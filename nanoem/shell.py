@@ -1,0 +1,81 @@
+"""What a command owes the shell: one sentence on stderr instead of a traceback, and a status.
+
+0 is success, 1 a failure, 2 a misuse, 130 a stop by Ctrl-C, as shells have it.
+"""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+import torch
+
+from nanoem import UserError, parallel
+from nanoem.tables import one_line
+from nanoem.train import StageFailed
+
+
+def exit_status(work, goes_on="", smaller=""):
+    """Do a command's work() and return its status; an error is told in one sentence.
+
+    `goes_on` says what a command that was stopped does when it is given again, `smaller` what to
+    try when memory is short. Other errors are ours: they keep their traceback.
+    """
+    prepare_stdout()
+    try:
+        with interruptible():
+            work()
+        return 0
+    except UserError as error:
+        return complain(error, 2)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python complains, too, when it ends
+        return complain(f"nobody reads any more what is printed{goes_on}", 1)
+    except (StageFailed, OSError) as error:
+        return complain(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        return complain(f"out of memory{smaller}", 1)
+    except KeyboardInterrupt:
+        return complain(f"stopped{goes_on}", 130)
+
+
+def prepare_stdout():
+    """A model says whatever it likes, and not every terminal, pipe or file has all characters."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+@contextmanager
+def interruptible():
+    """Inside, SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends all at once."""
+    def stop(number, frame):
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def lacks_memory(error):
+    """Was memory short? Some devices have an exception of its own for it, some only its words."""
+    words = "out of memory", "allocate memory", "not enough memory", "calculation overflowed"
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(word in str(error) for word in words))
+
+
+def complain(message, status):
+    """One sentence on stderr, once on a machine however many processes it runs; the exit status."""
+    if parallel.is_first_here():
+        if status != 2 and sys.stdout.isatty():
+            print()  # the line of progress is open
+        print(f"nanoem: {one_line(str(message))}", file=sys.stderr)
+    return status
