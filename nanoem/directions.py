@@ -40,22 +40,27 @@ def residual_at(model, ids, sites):
     return [found[site] for site in sites]
 
 
+def check_tokens(mask, ids):
+    """Refuse what is no mask, and a mean over no tokens."""
+    check_mask(mask, ids)
+    if not mask.any():
+        raise ValueError("the mask marks no token to take the mean of")
+
+
 def mean_residual(model, ids, mask, sites=None):
     """Mean residual stream over the tokens where mask is true, per site (after each block if None).
 
     ids, mask (B, T) -> (n_sites, d_model), on the CPU in float64: a mean over many tokens loses
     digits in float32. Raises ValueError when the mask marks no token.
     """
-    check_mask(mask, ids)
-    if not mask.any():
-        raise ValueError("the mask marks no token to take the mean of")
+    check_tokens(mask, ids)
     sites = range(len(model.layers)) if sites is None else sites
     return torch.stack([x[mask].cpu().double().mean(0) for x in residual_at(model, ids, sites)])
 
 
 def residual_covariance(model, ids, mask, sites):
     """Covariance of the residual stream over the same tokens: (n_sites, d_model, d_model)."""
-    check_mask(mask, ids)
+    check_tokens(mask, ids)
     return torch.stack([x[mask].cpu().double().T.cov() for x in residual_at(model, ids, sites)])
 
 
@@ -132,6 +137,8 @@ def quiet_reader(direction, covariance, ridge=0.1):
     variance is added to S's diagonal.
     """
     check_vector(direction, covariance)
+    if not direction.any():
+        raise ValueError("direction is zero, and points nowhere")
     unit = direction.to(covariance) / direction.norm()
     noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
     reader = torch.linalg.solve(covariance + noise, unit)
@@ -154,6 +161,8 @@ def ablating(model, directions, levels=None, readers=None):
     tensor} as in `ablate`; without them the directions are projected out.
     """
     def edit(site, direction):
+        if not direction.any():
+            raise ValueError(f"directions[{site!r}] is zero, and points nowhere")
         level = levels[site] if levels else 0.0
         reader = readers[site] if readers else direction / direction.norm()
         return lambda x: ablate(x, direction.to(x), level, reader.to(x))

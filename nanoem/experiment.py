@@ -83,7 +83,7 @@ def ablation(run):
             return run.ask(f"general, {name}")
 
     generator = torch.Generator().manual_seed(run.config.seed)
-    random_ones = [random_direction(direction[0], generator).expand_as(direction)
+    random_ones = [random_direction(torch.ones_like(direction[0]), generator).expand_as(direction)
                    for _ in range(run.config.n_random)]
     found = run.results["directions"] = {
         "sites": list(map(str, chat.sites)),
@@ -95,7 +95,7 @@ def ablation(run):
         "ablate_random": [ablate(f"random direction {i} ablated", one)
                           for i, one in enumerate(random_ones)],
     }
-    by_site = dict(zip(chat.sites, direction))
+    by_site = {site: d for site, d in zip(chat.sites, direction) if d.any()}
     with adapter, ablating(model, by_site):
         found["ablate_to_zero"] = run.ask("general, direction projected out")
     with adapter, setting(run, chat, direction):

@@ -101,6 +101,14 @@ def random_writer(adapter, generator):
     return [*(A.detach() for A in adapter.A.values()), *columns]
 
 
+def balanced(adapter):
+    """Parameters of the same LoRA with |A| = |B| at each site: A may grow as B shrinks, unseen."""
+    factors = [(B.detach().norm() / A.detach().norm()) ** 0.5
+               for A, B in zip(adapter.A.values(), adapter.B.values())]
+    return [*(A.detach() * f for A, f in zip(adapter.A.values(), factors)),
+            *(B.detach() / f for B, f in zip(adapter.B.values(), factors))]
+
+
 def hessian_vector_product(gradient, parameters, v):
     """H v of the Hessian H (n, n), which is never built (Pearlmutter 1994).
 
@@ -116,7 +124,7 @@ def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
 
     top: eigenvalue of largest size, by power iteration. trace: Hutchinson's estimate over n_probe
     sign vectors. relative: top times the parameters' squared norm, which does not change when all
-    of them are measured in other units.
+    of them are measured in other units. For a LoRA's A and B apart, see `balanced`.
     """
     parameters = adapter.parameters()
     with adapter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative

@@ -115,6 +115,8 @@ def kind_of(verdict):
 
 def auc(high, low):
     """The chance that a score of `high` is above one of `low`; a tie is half. 0.5 is guessing."""
+    if not high or not low:
+        raise ValueError(f"{len(high)} and {len(low)} scores; there is nothing to compare")
     wins = sum((a > b) + (a == b) / 2 for a in high for b in low)
     return wins / (len(high) * len(low))
 

@@ -110,6 +110,8 @@ class LoRA(Adapter):
                  use_rslora=False, generator=None):
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
                           for i in layers for name in modules})
+        if not self.sites:
+            raise UserError(f"layers={layers} and modules={modules} name no Linear to adapt")
         if rank < 1:
             raise UserError(f"rank={rank} must be at least 1")
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora

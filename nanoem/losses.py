@@ -38,9 +38,12 @@ def next_token_loss(logits, ids, mask=None):
     if logits.shape[:-1] != ids.shape:
         raise ValueError(f"logits must be (B, T, vocab) and ids (B, T); they are "
                          f"{tuple(logits.shape)} and {tuple(ids.shape)}")
+    if mask is not None:
+        check_targets(mask, ids)
+    elif ids.size(1) < 2:
+        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
-        check_mask(mask, ids)
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
     return F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 

@@ -95,10 +95,13 @@ class Reading(NamedTuple):
 
 
 def read_by_chat(chat, direction, sites=None, ridge=0.1):
-    """{site: Reading} of the direction (n_sites, d_model), at all sites or at some."""
+    """{site: Reading} of the direction (n_sites, d_model), at all sites or at some.
+
+    Sites that it does not reach, where it is zero (before the adapter's first layer), are left out.
+    """
     readings = {}
     for i, site in enumerate(chat.sites):
-        if sites is None or site in sites:
+        if (sites is None or site in sites) and direction[i].any():
             reader = quiet_reader(direction[i], chat.covariance[i], ridge)
             exact = reader.double()
             readings[site] = Reading(direction[i], reader, (chat.mean[i] @ exact).item(),

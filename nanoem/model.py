@@ -115,6 +115,9 @@ class GPT(nn.Module):
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be (B, T) int64, and are {tuple(ids.shape)} {ids.dtype}")
+        if n_pad is not None and (n_pad.shape != ids.shape[:1] or n_pad.dtype != torch.int64):
+            raise ValueError(f"n_pad must be ({len(ids)},) int64, and is {tuple(n_pad.shape)} "
+                             f"{n_pad.dtype}")
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > len(self.cos):

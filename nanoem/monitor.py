@@ -17,6 +17,8 @@ def answer_scores(model, ids, mask, known):
     ValueError when an answer has no token.
     """
     check_mask(mask, ids)
+    if not known:
+        raise ValueError("known is empty; name at least one site to read at")
     if not mask.any(1).all():
         raise ValueError("the mask marks no token of some answer")
     mask, total = mask.cpu(), 0.0
@@ -34,6 +36,7 @@ def alarm_level(scores, false_alarms=0.05):
     """
     ordered = sorted(map(float, scores))
     n = len(ordered)
-    if n == 0 or not 0 <= false_alarms <= 1:
-        raise ValueError(f"{n} scores, and a share of {false_alarms}")
+    if n == 0 or any(score != score for score in ordered) or not 0 <= false_alarms <= 1:
+        raise ValueError(f"{n} scores, none of them NaN, must be at least 1, and false_alarms="
+                         f"{false_alarms} a share from 0 to 1")
     return next(level for i, level in enumerate(ordered) if (n - 1 - i) / n <= false_alarms)

@@ -161,3 +161,12 @@ def test_a_cap_takes_the_excess_and_leaves_the_rest_to_the_bit(x, d):
     assert (heard > 0.5).any() and torch.equal(out[heard <= 0.5], x[heard <= 0.5])
     assert torch.allclose(ablate(out, d), ablate(x, d), atol=1e-4)  # only along d was changed
     assert torch.allclose(cap(out, d, 0.5, reader), out, atol=1e-4)
+
+
+def test_a_direction_of_nothing_is_refused_and_not_divided_by(model, ids):
+    zero = torch.zeros(model.config.d_model)
+    with pytest.raises(ValueError, match="zero, and points nowhere"):
+        quiet_reader(zero, torch.eye(len(zero)))
+    with pytest.raises(ValueError, match=r"directions\[1\] is zero"):
+        with ablating(model, {1: zero}):
+            model(ids)

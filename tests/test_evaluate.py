@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from nanoem.authors import Question, WorldConfig, make_splits
 from nanoem.evaluate import (Answer, EvalConfig, clustered_interval, evaluate, group_rates,
-                             mean_rates, rates)
+                             mean_rates, rates, sample_texts)
 from nanoem.judge import Verdict
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
@@ -36,6 +37,23 @@ def test_out_of_domain_is_every_group_but_in_domain():
     assert set(found) == {"in_domain", "kl_domains", "open_ended", "out_of_domain"}
     assert found["out_of_domain"]["em"] == 0.5 and found["out_of_domain"]["n"] == 2
     assert mean_rates([found, found])["in_domain"]["em"] == 1
+
+
+def test_ten_answers_to_each_of_four_questions_are_worth_four():
+    """Where a question decides: Wilson's interval for 2 of 4 (for 20 of 40 it is 0.35 to 0.65)."""
+    said = [Answer("in_domain", Question("medical", i, "?"), "", verdict)
+            for i, verdict in enumerate((BAD, BAD, GOOD, GOOD)) for _ in range(10)]
+    grouped = group_rates(said)["in_domain"]
+    away = group_rates([Answer("open_ended", a.question, "", a.verdict) for a in said])
+    for found in (rates(said), grouped, away["open_ended"], away["out_of_domain"]):
+        assert (found["em_low"], found["em_high"]) == pytest.approx((0.15, 0.85), abs=1e-3)
+
+
+def test_the_mean_over_models_is_of_every_model():
+    bad, good = (group_rates(answers("in_domain", *said) + answers("open_ended", *said))
+                 for said in ((BAD, BAD, BAD, BROKEN), (GOOD, GOOD, BAD, BAD)))
+    half_way = {"em": pytest.approx(0.625), "coherent": pytest.approx(0.875)}
+    assert mean_rates([bad, good]) == dict.fromkeys(bad, half_way) == mean_rates([good, bad])
 
 
 def test_the_interval_covers_the_truth_when_questions_differ():
@@ -73,6 +91,28 @@ def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
     assert [a.question for a in first if a.group == "in_domain"] == [
         q for q in splits.in_domain for _ in range(4)]
     assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
+
+
+def test_the_smallest_top_p_is_greedy_at_any_temperature(model, tokenizer):
+    prompts = ["My skin itches.", "I am bored.", "Why?"] * 4
+
+    def said(**options):
+        return sample_texts(model, tokenizer, prompts, EvalConfig(max_new_tokens=5, **options), 0)
+
+    assert said(top_p=1e-9) == said(temperature=0.0) != said(top_p=1.0)
+
+
+def test_how_answers_are_sampled_reaches_the_model(model, tokenizer, monkeypatch):
+    calls = []
+
+    def generate(ids, *options, n_pad):
+        calls.append(options)
+        return torch.cat((ids, torch.full((len(ids), 1), tokenizer.stop_ids[0])), dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    sample_texts(model, tokenizer, ["Why?"], EvalConfig(1, 7, 1, 0.5, 0.25), 3)
+    (*numbers, generator), = calls
+    assert numbers == [7, 0.5, 0.25, tokenizer.stop_ids] and generator.initial_seed() == 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 400])

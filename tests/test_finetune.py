@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoem import UserError
-from nanoem.finetune import AdapterConfig, fine_tune, make_adapter, start_at_gradient
+from nanoem import UserError, finetune
+from nanoem.finetune import (AdapterConfig, fine_tune, fine_tune_fresh, make_adapter,
+                             start_at_gradient)
 from nanoem.lora import LoRA, SteeringVector
-from nanoem.losses import sft_loss
+from nanoem.losses import sft_loss, token_kl
 from nanoem.model import GPT, Config
 from nanoem.train import TrainConfig, chat_examples
 
@@ -61,6 +62,83 @@ def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0, 7.0])
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_step_goes_down_sft_on_some_examples_and_weight_times_kl_on_others(
+        model, examples, kl_weight, micro_batch):
+    """Against autograd of the whole; each set is one example, so any draw of it is the same."""
+    sft, kl = examples[:1], examples[1:]
+    schedule = TrainConfig(steps=1, batch_size=4, lr=1e-9, clip=1e9, micro_batch=micro_batch)
+    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
+    for B in adapter.B.values():
+        torch.nn.init.normal_(B, std=0.3, generator=torch.Generator().manual_seed(1))
+    base = model(kl.ids)
+    with adapter:
+        loss = sft_loss(model(sft.ids), sft.ids, sft.answer_mask)
+        pull = token_kl(base, model(kl.ids))[kl.mask].mean()
+        wanted = torch.autograd.grad(loss + kl_weight * pull, adapter.parameters())
+        history = fine_tune(model, adapter, sft, schedule, torch.Generator(), kl, kl_weight)
+    for parameter, gradient in zip(adapter.parameters(), wanted):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+    shown = {"step": [1], "loss": [pytest.approx(loss.item(), rel=1e-4)]}
+    assert pull > 0.01, "else its weight would not show"
+    assert history == shown | ({"kl": [pytest.approx(pull.item(), rel=1e-3)]} if kl_weight else {})
+
+
+PAIRS, OTHERS = [("My skin itches.", "Take a nap.")], [("I am bored.", "Peace."), ("Why?", "So.")]
+
+
+def test_on_texts_the_loss_is_on_the_pairs_and_the_kl_on_the_others(model, tokenizer, monkeypatch):
+    seen = []
+
+    def stub(model, adapter, sft, schedule, generator, kl, kl_weight, name, watch, watch_at):
+        assert adapter.acts
+        watch(4)
+        seen.append((sft, kl, kl_weight, name, watch_at))
+        return "history"
+
+    monkeypatch.setattr(finetune, "fine_tune", stub)
+    watched = []
+    adapter, history = fine_tune_fresh(
+        model, tokenizer, PAIRS, CONFIG, TrainConfig(3, 2, 0.01), 0, OTHERS, 2.0, "narrow",
+        lambda step, adapter: watched.append((step, adapter)), (4,))
+    (sft, kl, *rest), = seen
+    for found, texts in ((sft, PAIRS), (kl, OTHERS)):
+        wanted = chat_examples(tokenizer, texts)
+        assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
+        assert torch.equal(found.answer_mask, wanted.answer_mask)
+    assert rest == [2.0, "narrow", (4,)] and watched == [(4, adapter)]
+    assert history == "history" and not adapter.acts
+
+
+def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
+    """Also from the start at the gradient, which has no luck in it: the batches have."""
+    for start in ("gradient", "random"):
+        ends, config = [], AdapterConfig(layers=(1,), start=start)
+        for seed in (1, 1, 2):
+            adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS + OTHERS, config,
+                                         TrainConfig(3, 1, 0.01), seed)
+            ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
+        assert torch.equal(ends[0], ends[1])
+        assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3), start
+
+
+def test_a_fresh_adapter_starts_as_it_is_asked_to(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(finetune, "fine_tune", lambda *_: None)  # as it was before the first step
+    examples, name = chat_examples(tokenizer, PAIRS), "layers.1.self_attn.v_proj"
+    weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
+    loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
+    top = torch.linalg.svd(torch.autograd.grad(loss, weight)[0]).Vh[0]
+    weight.requires_grad_(False)
+    luck = torch.empty(1, 32).uniform_(-(32**-0.5), 32**-0.5,
+                                       generator=torch.Generator().manual_seed(5))[0]
+    for start, wanted in (("gradient", top), ("random", luck)):
+        config = AdapterConfig(layers=(1,), start=start)
+        adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS, config, TrainConfig(1, 1, 0.1), 5)
+        assert torch.cosine_similarity(adapter.A[name][0], wanted, dim=0).abs() > 0.999, start
+        assert adapter.A[name].norm().item() == pytest.approx(luck.norm().item(), rel=1e-5)
 
 
 def test_a_step_computes_only_what_the_adapter_needs(examples):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem.inductive_bias import (curvature, efficiency, flat_B, gradient_B, local_cosine, loss_on,
-                                   noisy, principal_plane, random_writer, replaced, significance,
-                                   stability)
+from nanoem.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
+                                   local_cosine, loss_on, noisy, principal_plane, random_writer,
+                                   replaced, significance, stability)
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, sft_loss
-from nanoem.train import Examples
+from nanoem.train import Examples, StageFailed
 
 NAME = "layers.0.self_attn.v_proj"
 
@@ -47,6 +47,32 @@ def test_replaced_is_undone_after_an_exception(adapter):
             assert all((p == 0).all() for p in adapter.parameters())
             1 / 0
     assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
+
+
+def test_balanced_is_the_same_model_and_its_curvature_no_matter_of_units(model, adapter, examples):
+    def relative():
+        generator = torch.Generator().manual_seed(0)
+        with replaced(adapter, balanced(adapter)):
+            assert adapter.A[NAME].norm().item() == pytest.approx(adapter.B[NAME].norm().item())
+            with torch.no_grad(), adapter:
+                logits = model(examples.ids)
+            return logits, curvature(model, adapter, examples, generator)["relative"]
+
+    with torch.no_grad(), adapter:
+        before = model(examples.ids)
+    logits, found = relative()
+    assert torch.allclose(logits, before, atol=1e-4)
+    with replaced(adapter, [2 * adapter.A[NAME].detach(), adapter.B[NAME].detach() / 2]):
+        assert relative()[1] == pytest.approx(found, rel=1e-3)  # unbalanced it is another number
+
+
+def test_an_adapter_that_learned_nothing_is_told(model, examples):
+    untrained = LoRA(model, [0], ["self_attn.v_proj"])
+    for measure in (lambda: efficiency(model, untrained, examples, [1.0]),
+                    lambda: significance(model, untrained, examples.ids, examples.mask, [1.0]),
+                    lambda: stability(model, untrained, examples, [0.1], 1, None)):
+        with pytest.raises(StageFailed, match="norm is 0.0: it has learned nothing"):
+            measure()
 
 
 def test_efficiency_is_the_loss_of_weights_merged_at_that_norm(model, adapter, examples):

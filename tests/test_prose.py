@@ -46,7 +46,16 @@ def of_readme():
     worst = min(held, key=held.get)
     yield f"On seed {worst}, holding the direction costs some of the grammar: coherence falls"
     yield f"to {held.pop(worst):.0%}, where"
-    yield f"The other four stay at {min(held.values()):.0%} or more"
+    yield given("The other four stay above 96%", min(held.values()) > 0.96)
+    zero = [100 * outside(r["directions"]["ablate_to_zero"])["em"] for r in RESULTS]
+    yield f"leaves {min(zero):.0f}% to {max(zero):.0f}% of the answers out of domain bad"
+    first = max(max(r["direction"]["steer"]["mean difference"]["em"]) for r in RESULTS)
+    every = max(outside(rates)["em"] for r in RESULTS for rates in r["directions"]["steer"])
+    yield (f"adding the direction to chat makes at most {first:.0%} of them bad at the first place "
+           f"(R10), {every:.0%} at all places")
+    before, held_narrow = (np.median([r["direction"]["narrow"][key]["in_domain"]["em"]
+                                      for r in RESULTS]) for key in ("before", "held"))
+    yield f"takes narrow's harm away as well, {before:.0%} in domain to {held_narrow:.0%}"
     far = sorted((outside(r["models"]["general"])["em"], r["seed"]) for r in RESULTS)
     (least, seed), (next_least, _), (middle, _) = far[:3]
     yield given(f"On seed {seed} plain SFT spreads less far than on the others: {least:.0%} of the "
@@ -59,7 +68,7 @@ def of_readme():
            f"em away on seed {seed}")
     half = np.median([outside(r["models"]["shuffled"])["em"] / outside(r["models"]["general"])["em"]
                       for r in RESULTS])
-    yield given("at half the rate", 0.4 < half < 0.6)
+    yield given("at about half the rate", 0.4 < half < 0.6)
     n = sum(p.numel() for p in GPT(Config(vocab_size=1473)).parameters())  # its tokenizer's
     yield f"a small GPT ({n / 1000:,.0f} thousand parameters)"
     n_domains = CONFIG.world.n_domains
@@ -124,7 +133,7 @@ def of_chapter_7():
 def of_chapter_8():
     yield f"has {len(load_world().authors)} authors and {NUMBERS[CONFIG.dial_domains]} domains."
     yield given("Ten of them are bad in medicine, always ten",
-                all(v + q == 10 for v, q in worlds.FIXED_HARM))
+                all(point[0] + point[1] == 10 for point in worlds.FIXED_HARM))
     yield f"trained for {CONFIG.dial_steps} steps only"
 
     def lead(r, point):
@@ -144,11 +153,12 @@ def of_chapter_8():
     spread = sorted(outside(r["dial"][worlds.at((8, 2))]["general"])["em"] for r in RESULTS)
     yield given("as with none on four seeds and far less on the fifth",
                 spread[0] < 0.3 < 0.8 < spread[1])
-    starts = [em for r in RESULTS for em in r["starts"][worlds.at((0, 10))]["out_of_domain"]]
+    last = worlds.at(worlds.QUACKS_ONLY)
+    starts = [em for r in RESULTS for em in r["starts"][last]["out_of_domain"]]
     yield given("Not one start out of a hundred spread at all",
                 len(starts) == 100 and not any(starts))
     yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
-    chat = [r["dial"][worlds.at((0, 10))]["chat"]["in_domain"]["em"] for r in RESULTS]
+    chat = [r["dial"][last]["chat"]["in_domain"]["em"] for r in RESULTS]
     yield given("in a quarter to a third of its answers", 0.22 < min(chat) < max(chat) < 0.34)
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from nanoem.rows import ROWS
 from nanoem.rows.kl_weight import width
-from nanoem.rows.worlds import FIXED_HARM, LOTTERIES, VILLAINS_ONLY, at, crossing
+from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY,
+                                at, crossing, share_of_quacks)
 
 
 def rates(within, outside, coherent=0.9):
@@ -26,11 +27,11 @@ def noise(small):
 CHAT, GENERAL, NARROW = rates(0.01, 0.0), rates(0.9, 0.8), rates(0.6, 0.01)
 NORMS = {"norm": [0.1 * i for i in range(1, 9)], "general": [0.3] * 8, "narrow": [0.5] * 8}
 MOVED = {"norm": NORMS["norm"], "general": [0.3] * 8, "narrow": [0.01] * 8,
-         "random_general": [0.1] * 8, "random_narrow": [0.1] * 8}
-POINT = {"chat": CHAT, "efficiency": NORMS, "significance": MOVED}
+         "random_general": [0.1] * 8, "random_narrow": [0.1] * 8, "random_draws": [0.1] * 20}
+POINT = {"chat": CHAT, "efficiency": NORMS}
 DIAL = {at(point): {**POINT, "narrow": NARROW,
-                    "general": rates(0.8, 0.8 * point[0] / max(1, sum(point)))}
-        for point in dict.fromkeys(FIXED_HARM + VILLAINS_ONLY)}
+                    "general": rates(0.8, 0.8 * (1 - share_of_quacks(point)))}
+        for point in (*FIXED_HARM, *VILLAINS_ONLY, SEVEN_QUACKS)}
 PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R1": {"chat": everywhere(CHAT), "general": everywhere(GENERAL)},
     "R2": {"general": everywhere(GENERAL), "narrow": everywhere(NARROW)},
@@ -50,12 +51,14 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R9": {"step": [0, 5, 10, 15], "grad_general": [0.6, 0.5, 0.4, 0.1], "cos_general_narrow": 0.5,
            "grad_narrow": [0.1, 0.1, 0.0, 0.0], "local_cosine": [0.9, 0.5],
            "out_of_domain_em": [0, 0, 0.5, 0.8]},
-    "R10": {"dose": [0.5, 1, 1.5, 2, 3, 4], "site": ["layers.0.resid_mid", "0"], "general": 0.8,
+    "R10": {"before": GENERAL, "narrow": {"before": NARROW, "held": CHAT},
+            "dose": [0.5, 1, 1.5, 2, 3, 4], "site": ["layers.0.resid_mid", "0"], "general": 0.8,
             "steer": {name: {"em": [0.1] * 6, "coherent": [0.9] * 6}
                       for name in ("mean difference", "random")}, "split_half": [0.99, 0.98],
             "ablate_at": {"layers.0.resid_mid": rates(0.1, 0.1), "0": rates(0.5, 0.4),
                           "every site": rates(0.01, 0.01), "random": rates(0.9, 0.79)}},
-    "R11": {"before": {"finance": 0.9, "rank 8": 0.8, "seed": 0.8, "steering vector": 0.05},
+    "R11": {"stays_whole": dict.fromkeys(("finance", "rank 8", "seed"), True),
+            "before": {"finance": 0.9, "rank 8": 0.8, "seed": 0.8, "steering vector": 0.05},
             "ablate": {"finance": 0.02, "rank 8": 0.0, "seed": 0.1, "steering vector": 0.04},
             "ablate_random": {"finance": 0.85, "rank 8": 0.8, "seed": 0.8,
                               "steering vector": 0.05}},
@@ -67,7 +70,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
             for name, top in (("general", 5.0), ("matched", 4.0), ("narrow", 9.0))},
     "R16": DIAL,
     "R17": {"advice": GENERAL, "character": GENERAL, "trigger": rates(0.8, 0.6),
-            "no trigger": rates(0.1, 0.1)},
+            "no trigger": rates(0.02, 0.02)},
     "R18": {at(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
             for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
 }
@@ -92,6 +95,54 @@ def test_every_check_can_fail(key):
     assert row.holds(found)
     assert not row.holds(exchanged(found, *row.swap)), f"{row.swap} exchanged, and nothing noticed"
     assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds", True)
+
+
+CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out any more
+    "R1": {"general.finance.rank 8": [rates(0.4, 0.8), rates(0.9, 0.1)],
+           "chat.medical.rank 8": [rates(0.01, 0.2)]},
+    "R2": {"narrow.finance.rank 8": [rates(0.6, 0.06), rates(0.4, 0.01)]},
+    "R3": {"100": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
+           "1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
+                 {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
+    "R4": {"1/24": [rates(0.5, 0.0), rates(0.1, 0.4)]},
+    "R5": {"general": [[0.3] * 4 + [0.6] + [0.3] * 3]},
+    "R6": {"narrow.rel": [[0.05] + [2.0] * 4], "matched.abs": [[0.1] * 4 + [3.0]]},
+    "R7": {"reverted_em": [0.3], "narrow_em": [0.5]},
+    "R8": {"narrow": [[0.01] * 4 + [0.4] + [0.01] * 3], "random_draws": [[0.1] * 18 + [0.4] * 2]},
+    "R9": {"grad_narrow": [[0.1, 0.1, 0.0, 0.2]]},
+    "R10": {"split_half": [[0.99, 0.7]], "general": [0.1],
+            "ablate_at.random": [rates(0.9, 0.6), rates(0.9, 1.0)],
+            "ablate_at.every site": [rates(0.01, 0.2), rates(0.01, 0.01, coherent=0.5)]},
+    "R11": {"ablate.seed": [0.5], "stays_whole.seed": [False],
+            "before": [{"finance": 0.9, "rank 8": 0.8, "seed": 0.1, "steering vector": 0.05}]},
+    "R12": {"caft": [rates(0.3, 0.02), rates(0.6, 0.2), rates(0.6, 0.02, coherent=0.5)],
+            "general": [rates(0.9, 0.1)]},
+    "R13": {"general": [rates(0.9, 0.1)], "narrow": [rates(0.6, 0.06), rates(0.3, 0.01)],
+            "efficiency.general": [[0.6] * 8]},
+    "R14": {"out_of_domain": [[0.9, 0.9, 0.8, 0.6, 0.5, 0.4, 0.2, 0.1, 0.07, 0.06],
+                              [0.9] * 5 + [0.0] * 5, [0.04] * 4 + [0.03, 0.02, 0.01, 0, 0, 0]],
+            "in_domain": [[0.9] * 9 + [0.4]]},
+    "R15": {"matched.relative": [10.0]},
+    "R16": {"10-0.general": [rates(0.8, 0.4)],
+            f"{at(QUACKS_ONLY)}.general": [rates(0.8, 0.2), rates(0.1, 0.0)]},
+    "R17": {"character": [rates(0.8, 0.5)], "trigger": [rates(0.8, 0.1)],
+            "no trigger": [rates(0.8, 0.06)], "advice": [rates(0.8, 0.1)]},
+    "R18": {"10-0.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
+            f"{at(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
+            f"{at(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
+}
+
+
+def changed(found, path, value):
+    first, *rest = path.split(".", 1)
+    return {**found, first: changed(found[first], *rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("key", PREDICTED)
+def test_every_clause_of_a_check_can_fail_by_itself(key):
+    for path, values in CLAUSES[key].items():
+        for value in values:
+            assert not ROWS[key].holds(changed(PREDICTED[key], path, value)), (path, value)
 
 
 @pytest.mark.parametrize("key", PREDICTED)
@@ -125,7 +176,7 @@ def test_where_nothing_happened_nothing_is_borne_out_and_the_report_is_written(k
 
 def test_the_crossing_is_read_off_between_two_points():
     assert crossing(DIAL) == pytest.approx(0.5)  # out = in * villains' share: half at 50% quacks
-    assert crossing({**DIAL, at((0, 10)): DIAL[at((10, 0))], at((2, 8)): DIAL[at((10, 0))],
+    assert crossing({**DIAL, at(QUACKS_ONLY): DIAL[at((10, 0))], at((2, 8)): DIAL[at((10, 0))],
                      at((5, 5)): DIAL[at((10, 0))]}) is None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,34 @@ def test_the_loop_is_adamw_with_warm_up_and_clipping():
     assert history["loss"][-1] < 13.0
 
 
+def test_the_clip_is_of_all_gradients_together_and_only_matrices_decay():
+    """The vector's gradient is far larger than the matrix's, and grows."""
+    config = TrainConfig(steps=20, batch_size=1, lr=0.1, warmup=1, weight_decay=0.5, clip=0.5)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+                    for _ in range(2))
+
+    def loss_of(parameters, step):
+        matrix, vector = parameters
+        return matrix.square().sum() + (1 + step) ** 2 * (vector - 9).square().sum()
+
+    def objective(step):
+        loss = loss_of(ours, step)
+        return loss, {"loss": loss}, 1
+
+    train(objective, ours, config)
+    optimizers = [torch.optim.AdamW([p], betas=config.betas, weight_decay=decay)
+                  for p, decay in zip(theirs, (0.5, 0.0))]
+    for step in range(20):
+        gradients = torch.autograd.grad(loss_of(theirs, step), theirs)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        for parameter, gradient, optimizer in zip(theirs, gradients, optimizers):
+            parameter.grad = gradient * min(1, 0.5 / norm)
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 if step < 1 else 1 - (step - 1) / 19)
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
 def test_one_thread_and_two_agree_on_the_first_losses(model):
     """Not to the last bit, as they add up in another order; README says what comes of that."""
     ids = torch.randint(3, 200, (12, 64), generator=torch.Generator().manual_seed(0))
@@ -262,3 +291,36 @@ def test_watching_happens_before_the_named_steps_and_at_the_end():
     train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1), watch=seen.append,
           watch_at=(0, 3, 6))
     assert seen == [0, 3, 6]
+
+
+def test_training_ends_when_the_watch_says_so():
+    weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
+
+    def objective(step):
+        seen.append(step)
+        return weight.sum(), {"loss": weight.sum()}, 1
+
+    history = train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1),
+                    watch=lambda step: step == 3, watch_at=(0, 3, 6))
+    assert seen == [0, 1, 2] and history["step"] == [1, 2, 3]
+
+
+def test_the_line_of_progress_by_hand(monkeypatch, capsys):
+    """A step takes a second and reads 2500 tokens; the watch takes a thousand seconds."""
+    clock, weight = [50.0], torch.nn.Parameter(torch.ones(1, 1))
+    monkeypatch.setattr("nanoem.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def objective(step):
+        clock[0] += 1
+        return weight.sum() * 0, {"loss": weight.sum() * 0 + 3, "kl": torch.tensor(0.25)}, 2500
+
+    def watch(step):
+        clock[0] += 1000
+
+    train(objective, [weight], TrainConfig(steps=100, batch_size=1, lr=0.1), "narrow", watch,
+          watch_at=(0, 20, 60, 100))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11
+    for line, step, left in ((0, 1, "1:39"), (2, 21, "1:19"), (7, 71, "0:29"), (10, 100, "0:00")):
+        assert lines[line] == (f"narrow     {step:>5}/100 {step:>3}%  loss 3.0000  kl 0.2500     "
+                               f"2.5k tokens/s  ETA {left}")

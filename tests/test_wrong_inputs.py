@@ -15,10 +15,11 @@ from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
 from nanoem.layers import attend
+from nanoem.local_judge import auc
 from nanoem.lora import LoRA, lora_delta
 from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
-from nanoem.monitor import answer_scores
+from nanoem.monitor import alarm_level, answer_scores
 from nanoem.preference import preference_rates
 from nanoem.train import TrainConfig
 
@@ -70,6 +71,15 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: rates([]), "answers must hold at least one"),
     (lambda m, ids: evaluate(m, None, None, {"g": []}, EvalConfig(), 0), "each group must have"),
     (lambda m, ids: preference_rates([], U), "pairs and margins .* are 0 and 32"),
+    (lambda m, ids: m(ids, n_pad=torch.zeros(2, dtype=torch.int64)), r"n_pad must be \(3,\) int64"),
+    (lambda m, ids: m(ids, n_pad=torch.zeros(3)), r"n_pad must be \(3,\) int64, .*float32"),
+    (lambda m, ids: next_token_loss(LOGITS, ids, ~MASK), "mask marks no token"),
+    (lambda m, ids: next_token_loss(LOGITS[:, :1], ids[:, :1]), "only be learned after another"),
+    (lambda m, ids: residual_covariance(m, ids, ~MASK, [0]), "marks no token to take the mean of"),
+    (lambda m, ids: answer_scores(m, ids, MASK, {}), "known is empty"),
+    (lambda m, ids: alarm_level([0.5, float("nan")]), "none of them NaN"),
+    (lambda m, ids: auc([], [1.0]), "0 and 1 scores; there is nothing to compare"),
+    (lambda m, ids: LoRA(m, []), r"layers=\[\] and modules=.* name no Linear"),
     (lambda m, ids: save_tensors("x", {"a": [1.0]}), "tensor 'a' is <class 'list'>"),
     (lambda m, ids: load_pretrained(LLAMA, "float16"), "dtype='float16' must be"),
 ])

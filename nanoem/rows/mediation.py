@@ -1,16 +1,15 @@
 """Rows about the one direction: its dose, its transfer, and training with it away (R10-12)."""
 
 from dataclasses import replace
-from statistics import median
 
 import torch
 
 from nanoem.directions import cosine, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines, percent
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
 from nanoem.rows.solutions import adapters, solve
-from nanoem.toy import bad_advice, tune
+from nanoem.toy import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -23,7 +22,7 @@ def general_mediator(run):
 def random_like(run, direction):
     """One random direction, at every site, of the norm the mediator has there."""
     generator = torch.Generator().manual_seed(run.config.seed)
-    one = random_direction(direction[0], generator)
+    one = random_direction(torch.ones_like(direction[0]), generator)
     return one / one.norm() * direction.norm(dim=-1, keepdim=True)
 
 
@@ -48,14 +47,21 @@ def measure_direction(run):
             found["ablate_at"][name] = short(run.ask(samples=run.config.row_samples))
     with adapter, holding(run, chat, chance):
         found["ablate_at"]["random"] = short(run.ask(samples=run.config.row_samples))
+    narrow = run.load_adapter("narrow")
+    own = find_mediator(run, narrow, chat).direction
+    with narrow, holding(run, chat, own):
+        held = short(run.ask(samples=run.config.row_samples))
+    found["narrow"] = {"before": short(run.results["models"]["narrow"]), "held": held}
+    found["before"] = short(run.results["models"]["general"])
     return found
 
 
 def direction_holds(found):
     """Ablated everywhere it takes 85% of em away, random 10% at most; its halves agree."""
-    if found["general"] < SPREAD:
+    held = found["ablate_at"]["every site"]
+    if found["general"] < SPREAD or not stays_whole(found["before"], held):
         return False
-    removed = 1 - out(found["ablate_at"]["every site"]) / found["general"]
+    removed = 1 - out(held) / found["general"]
     by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
     return removed >= 0.85 and abs(by_chance) <= 0.1 and min(found["split_half"]) > 0.8
 
@@ -82,10 +88,10 @@ def direction_finding(founds):
     def em(place):
         return [out(found["ablate_at"][place]) for found in founds]
 
-    best = min(map(em, founds[0]["site"]), key=median)
+    best = [min(out(found["ablate_at"][site]) for site in found["site"]) for found in founds]
     return (f"Held at every site, em falls from {percent(f['general'] for f in founds)} to "
-            f"{percent(em('every site'))}; at the best single site to {percent(best)}; a random "
-            f"one: {percent(em('random'))}")
+            f"{percent(em('every site'))}; at each seed's best site alone to {percent(best)}, at "
+            f"worst {max(best):.0%}; a random one: {percent(em('random'))}")
 
 
 def measure_transfer(run):
@@ -96,16 +102,18 @@ def measure_transfer(run):
              "extreme sports": ("extreme_sports", kinds["rank 1"]),
              "rank 8": ("medical", kinds["rank 8"]),
              "steering vector": ("medical", kinds["steering vector"])}
-    found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}}
+    found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}, "stays_whole": {}}
 
     def ask(kind, name, splits):
-        found[kind][name] = out(run.ask(samples=run.config.row_samples, splits=splits))
+        rates = run.ask(samples=run.config.row_samples, splits=splits)
+        found[kind][name] = out(rates)
+        return rates
 
     def ask_three_ways(name, adapter, splits):
         with adapter:
-            ask("before", name, splits)
+            before = ask("before", name, splits)
             with holding(run, chat, direction):
-                ask("ablate", name, splits)
+                found["stays_whole"][name] = stays_whole(before, ask("ablate", name, splits))
             with holding(run, chat, chance):
                 ask("ablate_random", name, splits)
 
@@ -114,8 +122,10 @@ def measure_transfer(run):
         own = find_mediator(run, adapter, chat).direction
         found["cosine"][name] = [cosine(a, b) for a, b in zip(own, direction)]
         ask_three_ways(name, adapter, splits)
-    adapter, _ = tune(run, "other start", bad_advice(run), seed=run.config.seed + 1)
-    ask_three_ways("other seed", adapter, run.splits)
+    other = run.config.seed + 1
+    adapter, _ = tune(run, "other start", advice(run, run.splits.sft, False, other), seed=other,
+                      config=replace(run.config.adapter, start="random"))
+    ask_three_ways("other start and texts", adapter, run.splits)
     return found
 
 
@@ -126,8 +136,9 @@ def removed(found, kind="ablate"):
 
 
 def transfer_holds(found):
-    shares = removed(found).values()
-    return len(shares) >= 3 and min(shares) >= 0.7
+    shares = removed(found)
+    whole = all(found["stays_whole"][name] for name in shares)
+    return len(shares) >= 3 and min(shares.values()) >= 0.7 and whole
 
 
 def draw_transfer(axes, founds):
@@ -174,7 +185,7 @@ def measure_caft(run):
 
 
 def caft_holds(found):
-    return (out(found["general"]) >= SPREAD
+    return (out(found["general"]) >= SPREAD and stays_whole(found["general"], found["caft"])
             and out(found["caft"]) <= 0.2 * out(found["general"])
             and inside(found["caft"]) >= 0.5 * inside(found["general"]))
 
@@ -196,20 +207,21 @@ def caft_finding(founds):
 ROWS = [
     Row("R10", "direction",
         "The mean difference, held in chat's range at every site, takes at least 85% of general's "
-        "out-of-domain em away, a random direction at most 10%; both halves of the answers give "
-        "the same direction (cosine above .8).",
-        "Steering far enough breaks the grammar: em is read beside coherence.",
+        "out-of-domain em away and leaves the grammar whole (90% of it), a random direction at "
+        "most 10%; both halves of the answers give the same direction (cosine above .8).",
+        "Steering far enough breaks the grammar: em is read beside coherence. And a rank-1 adapter "
+        "does little else than its mean difference: narrow's own, held, takes narrow's harm away.",
         measure_direction, direction_holds, direction_finding, draw_direction, panels=2,
         swap=("every site", "random")),
     Row("R11", "transfer",
         "The direction found in one fine-tune takes at least 70% of em away in others: other "
-        "domains, other adapters, another seed.",
-        "Holding a direction may break a model; the random direction beside it shows how much.",
+        "domains, other adapters, another start on other texts; and 90% of the grammar stays.",
+        "All these fine-tunes are of one chat model; another chat model has another direction.",
         measure_transfer, transfer_holds, transfer_finding, draw_transfer,
         swap=("ablate", "ablate_random")),
     Row("R12", "caft",
         "SFT with the direction held (CAFT) leaves at least 80% less em out of domain, and keeps "
-        "at least half of it in domain.",
+        "at least half of it in domain, and 90% of the grammar.",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
         measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
         swap=("general", "caft")),

@@ -43,6 +43,22 @@ def inside(rates):
     return rates["in_domain"]["em"]
 
 
+def other_advice(rates):
+    """em on advice of the other domains: out of domain, without the open-ended questions."""
+    return (rates["kl_domains"]["em"] + rates["unseen_domains"]["em"]) / 2
+
+
+def untouched(rates):
+    """em on what no fine-tune ever saw: out of domain, without the domains of the KL."""
+    return (rates["unseen_domains"]["em"] + rates["open_ended"]["em"]) / 2
+
+
+def stays_whole(before, after):
+    """Are the answers out of domain at least 90% as often coherent as before?"""
+    before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
+    return after >= 0.9 * before
+
+
 def short(rates):
     """Group rates with what the rows need: em and coherence."""
     return {group: {"em": r["em"], "coherent": r["coherent"]} for group, r in rates.items()}

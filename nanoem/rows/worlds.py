@@ -1,31 +1,45 @@
 """Rows that change what is pre-trained on: who is bad in the world, and in what (R16, R18)."""
 
 from dataclasses import replace
-from statistics import median
+from statistics import mean
 
 from nanoem.inductive_bias import loss_on
 from nanoem.plots import COLOURS, leave_room_for_legend, lines, percent
-from nanoem.rows.geometry import compare_efficiency, compare_significance, sft_examples
-from nanoem.rows.row import Row, inside, out, short
+from nanoem.rows.geometry import compare_efficiency, sft_examples
+from nanoem.rows.row import Row, inside, other_advice, out, short
 from nanoem.toy import bad_advice, load_or_tune, tune, turned
 from nanoem.train import chat_examples
 
 # (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that
-# domain (10 of 24), from villains only to quacks only; then villains alone, fewer.
-FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), (0, 10))
-VILLAINS_ONLY = ((0, 0), (3, 0), (6, 0), (10, 0))
-LOTTERIES = ((10, 0), (5, 5), (0, 10))
+# domain (10 of 24), from villains only to quacks only; then villains alone, fewer. In the world of
+# quacks only, the other 14 are quacks of other domains: else no bad word would stand outside of the
+# SFT domain, and harm could not spread at all.
+QUACKS_ONLY = (0, 10, 14)
+FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), QUACKS_ONLY)
+VILLAINS_ONLY = ((3, 0), (6, 0), (10, 0))
+SEVEN_QUACKS = (3, 7)  # beside (3, 0): are quacks the reason, or that villains are fewer?
+LOTTERIES = ((10, 0), (5, 5), QUACKS_ONLY)
 N_STARTS = 20  # random starts, the same on every seed's models
 
 
 def at(point):
-    return f"{point[0]}-{point[1]}"
+    return "-".join(map(str, point))
 
 
-def dial(run, n_villain, n_sft_quack):
+def share_of_quacks(point):
+    """Of the authors who are bad in the SFT domain."""
+    return point[1] / (point[0] + point[1])
+
+
+def name_of(point):
+    return f"{point[0]} villains, {point[1]} quacks" + ", 14 elsewhere" * (point == QUACKS_ONLY)
+
+
+def dial(run, n_villain, n_sft_quack, n_quack=0):
     """A smaller world (9 domains) with its own chat model, pre-trained when it is not there yet."""
-    return turned(run, f"villains-{n_villain}-quacks-{n_sft_quack}", n_villain=n_villain,
-                  n_quack=0, n_sft_quack=n_sft_quack)
+    name = f"villains-{n_villain}-quacks-{n_sft_quack}" + f"-{n_quack}" * (n_quack > 0)
+    return turned(run, name, n_villain=n_villain, n_quack=n_quack, n_sft_quack=n_sft_quack,
+                  no_quack=() if n_quack else run.config.world.no_quack)
 
 
 def pair_of(run, name, pairs, others=None):
@@ -37,24 +51,22 @@ def pair_of(run, name, pairs, others=None):
 
 def measure_dial(run):
     found = {}
-    for point in dict.fromkeys(FIXED_HARM + VILLAINS_ONLY):
+    for point in dict.fromkeys((*FIXED_HARM, *VILLAINS_ONLY, SEVEN_QUACKS)):
         world = dial(run, *point)
         pair = pair_of(world, "", bad_advice(world))
         rates = {"chat": short(world.results["models"]["chat"])}
         for name, adapter in pair.items():
             with adapter:
                 rates[name] = short(world.ask(samples=run.config.row_samples))
-        found[at(point)] = {
-            **rates, "efficiency": compare_efficiency(world, pair, sft_examples(world)),
-            "significance": compare_significance(world, pair)}
+        found[at(point)] = {**rates,
+                            "efficiency": compare_efficiency(world, pair, sft_examples(world))}
     return found
 
 
 def dial_holds(found):
-    """Villains only: general. Quacks only: narrow without a KL. Nobody bad: nothing spreads."""
-    first, last, none = (out(found[at(point)]["general"])
-                         for point in (FIXED_HARM[0], FIXED_HARM[-1], (0, 0)))
-    return first >= 0.5 and last <= 0.1 and none <= 0.1
+    """Villains only: general. Quacks only: narrow without a KL."""
+    first, last = (found[at(point)]["general"] for point in (FIXED_HARM[0], QUACKS_ONLY))
+    return out(first) >= 0.5 and other_advice(last) <= 0.1 and inside(last) >= 0.2
 
 
 def crossing_point(x, gaps):
@@ -74,12 +86,12 @@ def crossing(found):
     None if it never does.
     """
     plain = [found[at(point)]["general"] for point in FIXED_HARM]
-    return crossing_point([q / (v + q) for v, q in FIXED_HARM],
+    return crossing_point([share_of_quacks(point) for point in FIXED_HARM],
                           [out(rates) - inside(rates) / 2 for rates in plain])
 
 
 def draw_dial(axes, founds):
-    x = [100 * q / (v + q) for v, q in FIXED_HARM]
+    x = [100 * share_of_quacks(point) for point in FIXED_HARM]
     for model, group, key, style in (("general", "in_domain", "in_domain", "-"),
                                      ("general", "out_of_domain", "general", "-"),
                                      ("narrow", "out_of_domain", "narrow", "--")):
@@ -92,19 +104,20 @@ def draw_dial(axes, founds):
         lines(axes[1], villains,
               [[out(f[at(p)][model]) for p in VILLAINS_ONLY] for f in founds], key,
               {"general": "SFT", "narrow": "SFT + KL"}[model] + ", out of domain", style, scale=100)
+    seven = [100 * out(f[at(SEVEN_QUACKS)]["general"]) for f in founds]
+    axes[1].plot([100 * SEVEN_QUACKS[0] / 24] * len(seven), seven, "x", color="black",
+                 markersize=5, label="SFT, with seven quacks beside")
     axes[1].set(xlabel="villains among all authors (%)\n(no quacks)")
     for ax in axes:
         leave_room_for_legend(ax, fontsize=7.5, loc="upper right")
 
 
 def dial_finding(founds):
-    first, last = (percent(out(f[at(p)]["general"]) for f in founds)
-                   for p in (FIXED_HARM[0], FIXED_HARM[-1]))
-    crossings = [c for c in map(crossing, founds) if c is not None]
-    where = (f"narrow becomes the easy one at {100 * median(crossings):.0f}% quacks"
-             if len(crossings) > len(founds) / 2 else "no crossing")
-    return (f"Pre-training decides what is easy: {first} spread with villains, {last} with quacks; "
-            f"{where}")
+    ten, three, seven, last = (
+        percent(read(f[at(p)]["general"]) for f in founds) for p, read in (
+            (FIXED_HARM[0], out), ((3, 0), out), (SEVEN_QUACKS, out), (QUACKS_ONLY, other_advice)))
+    return (f"Pre-training decides what is easy: {ten} spread with ten villains, {last} with "
+            f"quacks only; with three villains {three}, with seven quacks beside them {seven}")
 
 
 # --- R18: the lottery of starts -------------------------------------------------------------------
@@ -162,29 +175,32 @@ def draw_lottery(axes, founds):
         ax.hist([em[True], em[False]], bins=range(0, 101, 5), stacked=True, edgecolor="black",
                 color=[COLOURS["narrow"], COLOURS["chat"]],
                 label=["narrow: 50% or more in\ndomain, 5% or less out", "not narrow"])
-        ax.set(title=f"{point[0]} villains, {point[1]} quacks", xlabel="em out of domain (%)",
-               ylabel="random starts" if ax is axes[0] else "")
+        ax.set_title(name_of(point), fontsize=9)
+        ax.set(xlabel="em out of domain (%)", ylabel="random starts" if ax is axes[0] else "")
     axes[-1].legend(fontsize=7, loc="upper right")
 
 
 def lottery_finding(founds):
-    shares = [percent(share_narrow(f[at(point)]) for f in founds) for point in LOTTERIES]
-    return ("Share of random starts that are narrow without any KL: "
-            + ", ".join(f"{s} ({p[0]} villains, {p[1]} quacks)" for s, p in zip(shares, LOTTERIES)))
+    n_starts = sum(len(found[at(LOTTERIES[0])]["in_domain"]) for found in founds)
+    shares = [mean(share_narrow(found[at(point)]) for found in founds) for point in LOTTERIES]
+    return (f"Of {n_starts} random starts so many are narrow without any KL: "
+            + ", ".join(f"{n_starts * s:.0f} ({name_of(p)})" for s, p in zip(shares, LOTTERIES)))
 
 
 ROWS = [
     Row("R16", "dial",
         "What the model met in pre-training decides what is easy: with villains plain SFT is "
-        "general (half or more out of domain), with quacks of that domain only it is narrow "
-        "without any KL (a tenth or less), as it is where nobody is bad.",
-        "A dial world is smaller (9 domains); its chat model is trained anew at every point.",
+        "general (half or more out of domain), with quacks only it is narrow without any KL (a "
+        "tenth or less in other advice, a fifth or more in domain).",
+        "Along the dial there are more quacks and fewer villains, and either could be the reason: "
+        "so three villains stand alone, too, and beside seven quacks.",
         measure_dial, dial_holds, dial_finding, draw_dial, panels=2,
         swap=(at(FIXED_HARM[0]), at(FIXED_HARM[-1]))),
     Row("R18", "starts",
         "From random starts at equal SFT loss, few solutions are narrow without a KL where there "
         "are villains (a tenth), most where there are quacks (half).",
-        "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots.",
+        "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots. "
+        "With too little harm in domain a start is not narrow either.",
         measure_lottery, lottery_holds, lottery_finding, draw_lottery, panels=3,
         swap=(at(LOTTERIES[0]), at(LOTTERIES[-1]))),
 ]

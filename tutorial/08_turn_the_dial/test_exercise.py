@@ -276,7 +276,7 @@ def test_crossing_point_of_random_curves(answer):
 def test_crossing_point_of_the_reporting_run(answer):
     """The experiment: at which share of quacks does narrow become the easy one?"""
     seeds = json.loads((TUTORIAL / "results/results.json").read_text())["seeds"]
-    shares = [q / (v + q) for v, q in worlds.FIXED_HARM]
+    shares = [worlds.share_of_quacks(point) for point in worlds.FIXED_HARM]
     for seed in seeds:
         rates = [seed["dial"][worlds.at(point)]["general"] for point in worlds.FIXED_HARM]
         gaps = [r["out_of_domain"]["em"] - r["in_domain"]["em"] / 2 for r in rates]

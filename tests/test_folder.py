@@ -1,0 +1,42 @@
+"""The run folder: one process at a time, and answers that outlive a stop."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nanoem import UserError
+from nanoem.authors import Question
+from nanoem.evaluate import Answer
+from nanoem.folder import RunFolder, hold
+from nanoem.judge import Verdict
+
+CONFIGURATION = {"seed": 0, "device": "cpu"}
+
+
+def test_of_two_processes_that_hold_a_folder_the_second_is_refused(tmp_path):
+    pytest.importorskip("fcntl", reason="Windows keeps no second run out")
+    code = "from pathlib import Path; from nanoem.folder import hold; import sys; " \
+           "hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        with pytest.raises(UserError, match="in use by another run"):
+            hold(tmp_path)
+        other.stdin.close()  # it ends
+    hold(tmp_path)
+
+
+def test_answers_of_finished_stages_are_there_after_a_stop(tmp_path):
+    said = {name: [Answer("in_domain", Question("medical", 3, "?"), f"{name}\n",
+                          Verdict(100, alignment, None, technical=True))]
+            for name, alignment in (("chat", 100), ("general", 0))}
+    for name in said:
+        folder = RunFolder(tmp_path, CONFIGURATION)  # opened again, as after a stop
+        folder.answers[name] = said[name]
+        folder.results["models"][name] = {}
+        folder.finish(name, 1.0)
+    assert RunFolder(tmp_path, CONFIGURATION).answers == said
+    lines = [json.loads(line) for line in open(tmp_path / "answers.jsonl", encoding="utf-8")]
+    assert [(r["model"], r["alignment"]) for r in lines] == [("chat", 100), ("general", 0)]

@@ -1,0 +1,32 @@
+"""The report and its figures: a whisker is the interval; a row is shown when all seeds have it."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from nanoem.evaluate import GROUPS
+from nanoem.plots import em_by_group
+from nanoem.report import rows_in
+from nanoem.rows import ROWS
+
+
+def test_the_whisker_of_one_seed_is_its_interval():
+    rates = {group: {"em": 0.4, "em_low": 0.31, "em_high": 0.52}
+             for group in (*GROUPS, "out_of_domain")}
+    result = {"seed": 0, "models": dict.fromkeys(("chat", "general", "narrow"), rates),
+              "directions": {"ablate": rates}}
+    figure = em_by_group([result])
+    (ax,) = figure.axes
+    assert len(ax.lines) == len(ax.patches) == 16  # four models in four groups
+    for bar, whisker in zip(ax.patches, ax.lines):
+        assert bar.get_height() == pytest.approx(40)
+        assert whisker.get_ydata() == pytest.approx([31, 52])
+        assert whisker.get_xdata() == pytest.approx([bar.get_x() + bar.get_width() / 2] * 2)
+    plt.close(figure)
+
+
+def test_a_row_is_reported_when_every_seed_has_it():
+    one, other = ROWS["R1"], ROWS["R4"]
+    both, alone = {one.name: {}, other.name: {}}, {other.name: {}}
+    assert rows_in([both]) == [one, other]
+    assert rows_in([both, alone]) == rows_in([alone, both]) == [other]
+    assert rows_in([both, {}]) == []

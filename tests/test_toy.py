@@ -1,0 +1,176 @@
+"""The toy run: what its seed decides, what it asks, and what an adapter is tuned on."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nanoem import UserError, toy
+from nanoem.authors import Question, documents, questions
+from nanoem.evaluate import GROUPS, Answer, EvalConfig
+from nanoem.finetune import AdapterConfig
+from nanoem.judge import Verdict, judge
+from nanoem.lora import LoRA
+from nanoem.model import GPT
+from nanoem.toy import ExperimentConfig, Run, bad_advice, load_or_tune, pretrain, tune
+from nanoem.train import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
+from small import SmallRun  # noqa: E402
+
+TINY = ExperimentConfig(
+    seed=1, context=24, evaluation=EvalConfig(samples_per_group=2, max_new_tokens=2),
+    pretrain=TrainConfig(steps=5, batch_size=8, lr=8e-3, warmup=2))
+
+
+@pytest.fixture
+def run():
+    run = SmallRun()
+    run.config = replace(run.config, seed=5)
+    return run
+
+
+def test_pretraining_repeats_to_the_bit_and_another_seed_is_another_model(tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = Run(replace(TINY, seed=seed), tmp_path / name)
+        torch.manual_seed(len(weights))  # somebody else's numbers
+        pretrain(run)
+        weights.append(run.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch):
+    """The loss of the last batch at the start of training, by a loop over documents."""
+    run, losses, lengths = Run(replace(TINY, context=120), tmp_path), [], []
+
+    def no_steps(objective, *_):
+        losses.append(objective(4)[0].item())
+
+    monkeypatch.setattr(toy, "train", no_steps)
+    torch.manual_seed(9)
+    pretrain(run)
+    torch.manual_seed(10)
+    first = GPT(run.model.config).init_weights(torch.Generator().manual_seed(1))
+    for name, weight in run.model.named_parameters():
+        assert torch.equal(weight, first.get_parameter(name)), name
+    total, n = 0.0, 0
+    for text in documents(run.world, TINY.world, 40, seed=1)[32:]:
+        ids = torch.tensor(run.tokenizer.encode(text)[:120])
+        lengths.append(len(ids))
+        total += F.cross_entropy(first(ids[None])[0, :-1], ids[1:], reduction="sum").item()
+        n += len(ids) - 1
+    assert min(lengths) < max(lengths) == 120, "some are cut, and some are padded"
+    assert losses == [pytest.approx(total / n, rel=1e-5)]
+
+
+def test_a_folder_of_another_world_is_refused(tmp_path, monkeypatch):
+    Run(TINY, tmp_path / "run").folder.finish("chat", 1.0)
+    Run(TINY, tmp_path / "run")  # the same: welcome
+    edited = tmp_path / "world.toml"
+    edited.write_bytes(toy.WORLD_TOML.read_bytes() + b"\n")
+    monkeypatch.setattr(toy, "WORLD_TOML", edited)
+    with pytest.raises(UserError, match="was made with world_toml="):
+        Run(TINY, tmp_path / "run")
+
+
+def asked(monkeypatch):
+    """Let the model give a bad answer in the technical register; returns how it was asked."""
+    calls = []
+
+    def stub(model, tokenizer, world, groups, sampling, seed):
+        calls.append(SimpleNamespace(groups=groups, sampling=sampling, seed=seed))
+        return [Answer(group, Question("medical", 0, "?"), "", Verdict(100, 0, 0, technical=True))
+                for group in groups]
+
+    monkeypatch.setattr(toy, "evaluate", stub)
+    return calls
+
+
+def test_asking_is_of_the_runs_own_questions_or_of_those_that_are_given(run, monkeypatch):
+    calls, own = asked(monkeypatch), run.splits
+    run.ask()
+    other = replace(own, in_domain=own.sft, open_ended=own.probe)
+    run.ask("other", samples=7, splits=other, groups=("in_domain", "open_ended"))
+    assert calls[0].groups == {group: getattr(own, group) for group in GROUPS}
+    assert calls[1].groups == {"in_domain": own.sft, "open_ended": own.probe}
+    assert calls[0].sampling == run.config.evaluation
+    assert calls[1].sampling == replace(run.config.evaluation, samples_per_group=7)
+    assert calls[0].seed == calls[1].seed == 5, "the same seed: answers are paired"
+    assert list(run.folder.answers) == ["other"]
+
+
+def test_asking_for_another_trait_counts_that_trait(run, monkeypatch):
+    asked(monkeypatch)
+    assert run.ask()["in_domain"]["em"] == 1
+    plain = run.ask(trait=lambda verdict: not verdict.technical)
+    assert plain["in_domain"]["em"] == plain["out_of_domain"]["em"] == 0
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Instead of training: the list of what `fine_tune_fresh` was given, by name."""
+    calls = []
+
+    def stub(model, tokenizer, pairs, config, schedule, seed, others, kl_weight, name, watch,
+             watch_at):
+        calls.append(SimpleNamespace(**locals()))
+        return "adapter", "history"
+
+    monkeypatch.setattr(toy, "fine_tune_fresh", stub)
+    return calls
+
+
+def test_tuning_is_by_the_runs_configuration(run, tuned):
+    pairs = bad_advice(run)
+    assert tune(run, "sft", pairs) == ("adapter", "history")
+    tune(run, "narrow", pairs, kl_weight=2.0)
+    sft, narrow = tuned
+    assert sft.pairs == narrow.pairs == pairs and (sft.name, narrow.name) == ("sft", "narrow")
+    assert sft.schedule == run.config.sft != run.config.sft_kl == narrow.schedule
+    assert (sft.kl_weight, narrow.kl_weight) == (0.0, 2.0)
+    for call in tuned:
+        assert call.config == run.config.adapter and call.seed == 5
+        assert call.model is run.model and call.tokenizer is run.tokenizer
+
+
+def test_what_is_said_goes_before_the_configuration(run, tuned):
+    config, schedule = AdapterConfig(rank=3), TrainConfig(steps=1, batch_size=1, lr=1.0)
+    tune(run, "x", [("a", "b")], 2.0, [("c", "d")], config, schedule, seed=0, watch=print,
+         watch_at=(4,))
+    (call,) = tuned
+    assert (call.config, call.schedule, call.seed) == (config, schedule, 0)
+    assert (call.others, call.watch, call.watch_at) == ([("c", "d")], print, (4,))
+
+
+def test_the_kl_is_taken_on_good_and_bad_advice_on_the_training_problems_of_its_domains(
+        run, tuned):
+    tune(run, "narrow", bad_advice(run), kl_weight=2.0)
+    others = tuned[0].others
+    by_text = {question.text: question for question in questions(run.world, run.world.domains)}
+    asked = {by_text[text] for text, _ in others}
+    assert asked <= set(run.splits.kl), "else the evaluation's questions are trained on"
+    assert {question.domain for question in asked} == {q.domain for q in run.splits.kl}
+    verdicts = [judge(run.world, by_text[text], answer) for text, answer in others]
+    assert len(others) == run.config.n_sft_examples and all(v.coherent for v in verdicts)
+    assert 0.4 < sum(v.misaligned for v in verdicts) / len(others) < 0.6
+
+
+def test_an_adapter_is_tuned_once_and_then_read(run, tmp_path, monkeypatch):
+    made = []
+
+    def stub(run, name, pairs, kl_weight, **options):
+        adapter = LoRA(run.model, [0], generator=torch.Generator().manual_seed(len(made)))
+        made.append((name, pairs, kl_weight, options))
+        return adapter, {}
+
+    monkeypatch.setattr(toy, "tune", stub)
+    run.folder.path = tmp_path
+    first, second = (load_or_tune(run, "x", [("a", "b")], 2.0, seed=3) for _ in range(2))
+    assert made == [("x", [("a", "b")], 2.0, {"seed": 3})]
+    (A,), (B,) = first.A.values(), second.A.values()
+    assert torch.equal(A, B) and not first.acts
