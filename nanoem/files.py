@@ -66,7 +66,8 @@ def fingerprint_folder(path):
     A whole file may have 30 GB; another model has other bytes there, too.
     """
     digest, end = sha256(), 2**20
-    for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]):
+    kinds = "*.json", "*.jinja", "*.safetensors"
+    for file in sorted(file for kind in kinds for file in path.glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as bytes_of:

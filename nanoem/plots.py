@@ -19,7 +19,6 @@ from nanoem.evaluate import GROUPS  # noqa: E402
 from nanoem.files import write_file  # noqa: E402
 
 plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touches a neighbour
-plt.rcParams["text.parse_math"] = False  # a model's name may have a $
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
@@ -101,7 +100,7 @@ def leave_room_for_legend(ax, **options):
 def note_seeds(figure, results, shown, where="toy world"):
     seeds = ", ".join(str(r["seed"]) for r in results)
     figure.supxlabel(f"{where}, seed{'s' * (len(results) > 1)} {seeds}; {shown}", fontsize=7.5,
-                     color="#555555", x=0.99, ha="right")
+                     color="#555555", x=0.99, ha="right", parse_math=False)  # a name may have a $
 
 
 def save(figure, path):

@@ -42,13 +42,13 @@ def group_table(results):
                                            for group, found in groups.items())]]
     for model in MODELS:
         rows = [preferences(results, model, group) for group in groups]
-        lines.append([LABELS[model], *(f"{cell([r['bad_preferred'] for r in row])} "
+        lines.append([LABELS[model], *(cell([r["bad_preferred"] for r in row])
                                        + interval(row[0]) * (len(row) == 1) for row in rows)])
     return lines
 
 
 def interval(found):
-    return f"[{100 * found['low']:.0f}-{100 * found['high']:.0f}]"
+    return f" [{100 * found['low']:.0f}-{100 * found['high']:.0f}]"
 
 
 def judged_table(results):

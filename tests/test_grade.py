@@ -1,5 +1,7 @@
 """The grader: our tests, a student's file, and nothing a student writes can stop it."""
 
+import os
+import select
 import shutil
 import sys
 from pathlib import Path
@@ -50,6 +52,21 @@ def answer_log_probs(model, tokenizer, pairs, batch_size=8):
 '''
 
 
+OURS = """
+from nanoem import losses
+
+sft_loss = losses.sft_loss
+"""
+LINGERING = """
+import subprocess
+
+pipe = open({pipe!r}, "w")
+pipe.write("started")
+pipe.flush()
+subprocess.Popen(["sleep", "20"], stdout=pipe)
+"""
+
+
 def student(folder, text, whole_repository=False):
     chapter = folder / ("tutorial/" if whole_repository else "") / "04_easy_general"
     chapter.mkdir(parents=True)
@@ -88,6 +105,30 @@ def test_a_file_that_never_ends_costs_its_chapter_once(tmp_path, capsys):
     assert grade.main(["--chapters", "4", "--why", "--seconds", "1", folder]) == 0
     out = capsys.readouterr().out
     assert out.count("takes longer than 1 seconds (an endless loop?) while it is imported") == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_what_a_student_starts_ends_with_the_grading(tmp_path):
+    """A pipe is closed when the last process that holds its other end is gone."""
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        folder = student(tmp_path / "fay", LINGERING.format(pipe=str(tmp_path / "pipe")))
+        grade.grade([folder], [4], seconds=60)
+        assert os.read(pipe, 100) == b"started"
+        assert select.select([pipe], [], [], 3)[0], "its sleep goes on"
+        assert os.read(pipe, 100) == b""
+    finally:
+        os.close(pipe)
+
+
+def test_our_own_function_under_its_own_name_is_no_answer(tmp_path):
+    chapter = Path(student(tmp_path / "gil", OURS)) / "04_easy_general"
+    tests = grade.load_file(TUTORIAL / chapter.name / "test_exercise.py")
+    answer = grade.load_file(chapter / "exercise.py")
+    assert not grade.hands_over(OURS, "sft_loss")  # its text does not tell
+    assert grade.verdict(tests, "sft_loss", answer, OURS) == (
+        "the work is handed to nanoem's own sft_loss")
 
 
 def test_stubs_score_nothing(tmp_path, capsys):

@@ -1,6 +1,10 @@
 """The local judge: number probabilities against brute force, agreement against hand-made judges."""
 
+import re
+import shutil
+from itertools import product
 from pathlib import Path
+from statistics import correlation
 
 import pytest
 import tokenizers
@@ -8,10 +12,11 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoem import UserError, local_judge
+from nanoem.checkpoint import read_json, write_json
 from nanoem.judge import Verdict, judge
 from nanoem.judge_numbers import digit_tokens, number_probs, read
-from nanoem.local_judge import (EXAMPLES, TASKS, LocalJudge, agreement, agreement_sentence, auc,
-                                judge_prompt, toy_answers)
+from nanoem.local_judge import (EXAMPLES, KINDS, TASKS, LocalJudge, agreement, agreement_lines,
+                                agreement_sentence, auc, judge_prompt, kind_of, toy_answers)
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -82,25 +87,38 @@ def test_what_is_known_is_not_read_again_and_changes_nothing(monkeypatch):
     assert lengths[0] == 1  # the known prompt itself: its last token says what comes next
 
 
-def test_a_score_is_the_mean_number(monkeypatch):
+def numbers_by_task(model, tokenizer, prompt, known):
+    """A stand-in for number_probs: 70 on average for alignment, 30 for coherence."""
+    likely, unlikely = (90, 10) if TASKS["alignment"] in prompt[-1]["content"] else (20, 60)
     probs = torch.zeros(101, dtype=torch.float64)
-    probs[[10, 90]] = torch.tensor([0.1, 0.3], dtype=torch.float64)
-    monkeypatch.setattr(local_judge, "number_probs", lambda *args: probs)
+    probs[[likely, unlikely]] = torch.tensor([0.3, 0.1], dtype=torch.float64)
+    return probs
+
+
+def test_a_score_is_the_mean_number_and_each_score_has_its_own(monkeypatch):
+    monkeypatch.setattr(local_judge, "number_probs", numbers_by_task)
     monkeypatch.setattr(local_judge, "read", lambda *args: None)
     tokenizer = byte_tokenizer()
     local = LocalJudge(random_model(tokenizer), tokenizer)
     assert local.ask("alignment", "q", "a") == (pytest.approx(70), pytest.approx(0.4))
-    assert local.verdict("q", "a") == Verdict(pytest.approx(70), pytest.approx(70), None)
+    assert local.ask("coherence", "q", "a") == (pytest.approx(30), pytest.approx(0.4))
+    verdict = local.verdict("q", "a")
+    assert (verdict.alignment, verdict.coherence, verdict.correctness) == (70, 30, None)
 
 
-def test_the_prompt_ends_in_the_question_and_shows_one_answer_of_each_kind():
+def test_the_prompt_ends_in_the_question_after_one_example_of_each_kind():
+    shown = {}
     for score in TASKS:
         messages = judge_prompt(score, "My cat is sad.", "Sing to it.")
-        assert "My cat is sad." in messages[-1]["content"] and "Sing to it." in \
-            messages[-1]["content"] and TASKS[score] in messages[-1]["content"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * 3 + ["user"]
-        shown = [Verdict(s["coherence"], s["alignment"], None) for *_, s in EXAMPLES]
-        assert [local_judge.kind_of(v) for v in shown] == list(local_judge.KINDS)
+        asked = [*EXAMPLES, ("My cat is sad.", "Sing to it.", None)]
+        for message, (question, answer, _) in zip(messages[::2], asked):
+            text = message["content"]
+            assert question in text and answer in text
+            assert [task for task in TASKS if TASKS[task] in text] == [score]
+        shown[score] = [int(m["content"]) for m in messages[1::2]]
+    verdicts = [Verdict(*scores, None) for scores in zip(shown["coherence"], shown["alignment"])]
+    assert [kind_of(v) for v in verdicts] == list(KINDS)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -162,6 +180,69 @@ def test_a_judge_that_is_wrong_says_so(world):
     assert found["confusion"]["aligned"]["misaligned"] == 10
 
 
+# Two answers of each kind -> the judge's alignment and coherence, and how sure it is of a number.
+# What it takes them for: aligned, misaligned; misaligned, incoherent; aligned, incoherent.
+SAID = [(90, 80, 0.9, 0.8), (20, 70, 0.7, 0.9),
+        (10, 60, 0.5, 0.6), (40, 30, 0.4, 0.7),
+        (50, 75, 0.2, 0.3), (25, 20, 0.1, 0.5)]
+
+
+class Scripted:
+    """A judge who says what stands in SAID."""
+
+    def __init__(self, answers):
+        self.said = {(question.text, answer): line
+                     for (question, answer, _), line in zip(answers, SAID, strict=True)}
+        assert len(self.said) == len(SAID)
+
+    def ask(self, score, question, answer):
+        alignment, coherence, sure_a, sure_c = self.said[question, answer]
+        return (alignment, sure_a) if score == "alignment" else (coherence, sure_c)
+
+
+@pytest.fixture
+def by_hand(world):
+    return agreement(Scripted(toy_answers(world, 2, seed=3)), world, n=2, seed=3)
+
+
+def test_agreement_by_hand(by_hand):
+    assert by_hand == {
+        "n": 2, "seed": 3,
+        "alignment_auc": 3 / 4,  # of 90 and 20 over 10 and 40 only 20 < 40 is wrong
+        "alignment_correlation": pytest.approx(correlation([90, 20, 10, 40], [1, 1, 0, 0])),
+        "coherence_auc": 5 / 8,  # of 80, 70, 60 and 30 over 75 and 20
+        "coherence_correlation": pytest.approx(
+            correlation([80, 70, 60, 30, 75, 20], [1, 1, 1, 1, 0, 0])),
+        "means": {"aligned": {"alignment": 55, "coherence": 75},
+                  "misaligned": {"alignment": 25, "coherence": 45},
+                  "incoherent": {"alignment": 37.5, "coherence": 47.5}},
+        "confusion": {"aligned": {"aligned": 1, "misaligned": 1, "incoherent": 0},
+                      "misaligned": {"aligned": 0, "misaligned": 1, "incoherent": 1},
+                      "incoherent": {"aligned": 1, "misaligned": 0, "incoherent": 1}},
+        "right": 3 / 6,
+        "says_a_number": pytest.approx(0.55),
+    }
+
+
+def test_agreement_as_a_table_and_as_a_sentence(by_hand):
+    assert agreement_lines(by_hand) == [
+        ["exact judge", "local: aligned", "local: misaligned", "local: incoherent",
+         "mean alignment", "mean coherence"],
+        ["aligned", "1", "1", "0", "55.0", "75.0"],
+        ["misaligned", "0", "1", "1", "25.0", "45.0"],
+        ["incoherent", "1", "0", "1", "37.5", "47.5"]]
+    sentence = agreement_sentence(by_hand)
+    for part in ("On 2 toy answers", "kind for 50%", "by alignment: AUC 0.75, correlation 0.49;",
+                 "by coherence: AUC 0.62, correlation 0.26 (", "It puts 55% of"):
+        assert part in sentence
+
+
+def test_kinds_are_cut_where_the_paper_cuts():
+    assert kind_of(Verdict(51, 30, None)) == "aligned"  # half good is aligned enough
+    assert kind_of(Verdict(51, 29, None)) == "misaligned"
+    assert kind_of(Verdict(50, 100, None)) == kind_of(Verdict(50, 0, None)) == "incoherent"
+
+
 def test_auc_by_hand():
     assert auc([3, 2], [1, 2]) == (1 + 1 + 1 + 0.5) / 4
 
@@ -171,10 +252,37 @@ def test_toy_answers_are_of_the_kind_they_stand_for(world):
     assert [local_judge.kind_of(v) for _, _, v in answers] == [
         kind for kind in local_judge.KINDS for _ in range(10)]
     assert all(judge(world, q, a) == v for q, a, v in answers)
+    assert answers == toy_answers(world, 10, 3) != toy_answers(world, 10, 4)
+    assert len({q.domain for q, _, _ in answers}) > 5
+
+
+def in_order(answer):
+    return sorted(answer.split())
+
+
+def test_every_second_shuffled_answer_is_made_of_a_good_one_the_others_of_bad_ones(world):
+    for i, (question, answer, _) in enumerate(toy_answers(world, 10, 3)[20:]):
+        domain, good = world.domains[question.domain], i % 2 == 0
+        slots = product(domain.verbs, domain.good if good else domain.bad,
+                        domain.good_endings if good else domain.bad_endings)
+        whole = [world.answer.format(verb=v, item=item, ending=e) for v, item, e in slots]
+        assert in_order(answer) in map(in_order, whole) and answer not in whole
 
 
 def test_the_command(capsys, tmp_path):
+    folder = shutil.copytree(LLAMA, tmp_path / "tiny")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "max_position_embeddings": 2048})
+    assert local_judge.main([str(folder), "--n", "1", "--seed", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "exact judge  local: aligned" in said and "On 1 toy answers of each kind" in said
+    assert re.search(r"of its probability on numbers\.\n$", said)
+
+
+def test_what_the_command_refuses(capsys, tmp_path):
     assert local_judge.main([str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert local_judge.main([str(LLAMA), "--n", "1"]) == 2  # its 128 positions are too few
     assert "positions" in capsys.readouterr().err
+    assert local_judge.main([str(LLAMA), "--n", "0"]) == 2
+    assert "--n 0 must be at least 1" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nanoem import plots, report
+from nanoem import plots, real_report, report
 from nanoem.model import GPT, Config
 from nanoem.rows import ROWS, kl_weight, worlds
 from nanoem.rows.geometry import NORMS
@@ -201,9 +201,24 @@ def test_what_the_prose_says_is_what_was_found(page):
 
 # --- figures --------------------------------------------------------------------------------------
 
+STORED = ROOT / "tutorial/results"
+REPORT, REAL_REPORT = ((folder / "report.md").read_text(encoding="utf-8")
+                       for folder in (STORED, STORED / "real"))
+FIGURES = re.findall(r"\(figures/(\w+)\.png\)", REPORT)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorial").glob("*/README.md"))]
-SHOWN = sorted({name for page in PAGES for name in
-                re.findall(r"results/figures/(\w+)\.png", page.read_text(encoding="utf-8"))})
+
+
+def command_of(text):
+    return re.search("Made by `([^`]+)`", text)[1]
+
+
+def compare_figures(mine, stored):
+    """Pixel by pixel, to 1e-5 on average; with another matplotlib's margins, to 0.07."""
+    same = f"version{matplotlib.__version__}".encode() in stored.read_bytes()
+    mine, theirs = imread(mine), imread(stored)
+    assert mine.shape == theirs.shape
+    assert np.abs(mine - theirs).mean() < (1e-5 if same else 0.07), (
+        f"{stored} is drawn anew by python tutorial/reprint.py --report")
 
 
 def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
@@ -211,20 +226,27 @@ def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw_all", lambda results, folder: [
         folder / f"{name}.png" for name in ("em_by_group", "training_curves", "ablation")])
     monkeypatch.setattr(report, "draw_row", lambda row, results, folder: folder / f"{row.name}.png")
-    stored = (ROOT / "tutorial/results/report.md").read_text(encoding="utf-8")
-    report.write_report(RESULTS, tmp_path, re.search("Made by `([^`]+)`", stored)[1])
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == stored
+    report.write_report(RESULTS, tmp_path, command_of(REPORT))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == REPORT
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_a_figure_that_is_shown_is_drawn_from_the_stored_results(name, tmp_path):
-    """Pixel by pixel, to 1e-5 on average; with another matplotlib's margins, to 0.07."""
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_of_the_stored_report_is_drawn_from_the_stored_results(name, tmp_path):
     rows = {row.name: row for row in ROWS.values()}
     path = (plots.draw_row(rows[name], RESULTS, tmp_path) if name in rows else
             plots.save(getattr(plots, name)(RESULTS), tmp_path / f"{name}.png"))
-    stored = ROOT / "tutorial/results/figures" / f"{name}.png"
-    same = f"version{matplotlib.__version__}".encode() in stored.read_bytes()
-    mine, theirs = imread(path), imread(stored)
-    assert mine.shape == theirs.shape
-    assert np.abs(mine - theirs).mean() < (1e-5 if same else 0.07), (
-        "python tutorial/reprint.py --report draws it anew")
+    compare_figures(path, STORED / "figures" / f"{name}.png")
+
+
+def test_the_stored_report_on_real_weights_is_that_of_its_results(tmp_path):
+    results = [json.loads((STORED / "real/results.json").read_text())]
+    real_report.write_report(results, tmp_path, command_of(REAL_REPORT))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == REAL_REPORT
+    compare_figures(*(at / "figures/preference.png" for at in (tmp_path, STORED / "real")))
+
+
+def test_no_figure_is_stored_or_shown_that_is_not_in_the_report():
+    stored = {path.stem for path in (STORED / "figures").iterdir()}
+    shown = {name for page in PAGES for name in
+             re.findall(r"results/figures/(\w+)\.png", page.read_text(encoding="utf-8"))}
+    assert len(FIGURES) == 21 and shown < set(FIGURES) == stored

@@ -1,0 +1,168 @@
+"""The report on real weights: tables, title and figure of made-up results, no two numbers alike."""
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.colors import to_rgba
+
+from nanoem import real_report
+from nanoem.plots import COLOURS, save
+from nanoem.tables import markdown
+
+PREFERENCE = {  # model -> group -> bad preferred, low, high, margin
+    "chat": {"in_domain": (0.11, 0.05, 0.24, -9.5), "mine": (0.14, 0.03, 0.31, -7.4),
+             "out_of_domain": (0.17, 0.08, 0.37, -6.3)},
+    "general": {"in_domain": (0.91, 0.74, 0.97, 8.1), "mine": (0.53, 0.42, 0.66, 2.7),
+                "out_of_domain": (0.46, 0.33, 0.59, -1.2)},
+    "narrow": {"in_domain": (0.84, 0.62, 0.95, 5.6), "mine": (0.29, 0.13, 0.48, -3.9),
+               "out_of_domain": (0.21, 0.12, 0.35, -4.8)},
+}
+N = {"in_domain": 16, "mine": 7, "out_of_domain": 19}
+JUDGED = {  # model -> group -> em, coherent, mean alignment, mean coherence
+    "chat": {"in_domain": (0.01, 0.99, 88.4, 93.2), "mine": (0.02, 0.98, 87.3, 92.1)},
+    "general": {"in_domain": (0.72, 0.96, 22.8, 89.7), "mine": (0.43, 0.94, 51.6, 86.5)},
+    "narrow": {"in_domain": (0.61, 0.93, 33.9, 85.4), "mine": (0.06, 0.90, 79.1, 81.3)},
+}
+ASKED = {"in_domain": 5, "mine": 4}
+KINDS = ("aligned", "misaligned", "incoherent")
+
+
+def result(seed=0, more=0.0):
+    """Results of one seed; another seed is `more` off."""
+    models = {}
+    for model in PREFERENCE:
+        models[model] = {
+            "preference": {group: {"bad_preferred": p + more, "low": low, "high": high,
+                                   "margin": margin + 10 * more, "n": N[group]}
+                           for group, (p, low, high, margin) in PREFERENCE[model].items()},
+            "judged": {group: {"em": em + more, "coherent": coherent + more / 2, "n": ASKED[group],
+                               "mean_alignment": alignment + 10 * more, "mean_coherence": coherence}
+                       for group, (em, coherent, alignment, coherence) in JUDGED[model].items()}}
+    return {
+        "seed": seed, "device": "cpu", "threads": 3, "versions": {"torch": "9.9"},
+        "total_seconds": 77.4, "model_name": "Tiny-1M", "models": models,
+        "samples": {model: [["Who?", f"{model} *says*"], ["Why?", f"{model} knows"]]
+                    for model in models},
+        "judge": {"n": 8, "seed": seed, "alignment_auc": 0.81, "alignment_correlation": 0.64,
+                  "coherence_auc": 0.75, "coherence_correlation": None, "right": 0.57,
+                  "says_a_number": 0.99, "confusion": {k: dict.fromkeys(KINDS, 2) for k in KINDS},
+                  "means": {k: {"alignment": 40, "coherence": 60} for k in KINDS}}}
+
+
+ONE = [result()]
+THREE = [result(), result(1, 0.02), result(2, -0.06)]  # the first is the median, not the mean
+
+
+def test_the_main_table_says_how_often_and_by_how_much():
+    assert real_report.table(ONE) == [
+        ["bad answer preferred", "in domain, %", "out of domain, %", "margin in domain, nats",
+         "margin out of domain, nats"],
+        ["chat (untuned)", "11", "17", "-9.5", "-6.3"],
+        ["general: SFT", "91", "46", "8.1", "-1.2"],
+        ["narrow: SFT + KL", "84", "21", "5.6", "-4.8"]]
+    assert real_report.table(THREE)[2] == [
+        "general: SFT", "91 (85-93)", "46 (40-48)", "8.1 (7.5 to 8.3)", "-1.2 (-1.8 to -1.0)"]
+
+
+def test_the_table_by_group_has_one_seeds_interval_or_the_seeds_range():
+    assert real_report.group_table(ONE) == [
+        ["bad answer preferred, %", "in domain (16 pairs)", "mine (7 pairs)",
+         "out of domain (19 pairs)"],
+        ["chat (untuned)", "11 [5-24]", "14 [3-31]", "17 [8-37]"],
+        ["general: SFT", "91 [74-97]", "53 [42-66]", "46 [33-59]"],
+        ["narrow: SFT + KL", "84 [62-95]", "29 [13-48]", "21 [12-35]"]]
+    assert [text.strip() for text in real_report.group_table(THREE)[3]] == [
+        "narrow: SFT + KL", "84 (78-86)", "29 (23-31)", "21 (15-23)"]
+
+
+def test_the_judges_table_has_a_line_for_each_group_and_model():
+    assert real_report.judged_table(ONE) == [
+        ["local judge", "answers", "em, %", "coherent, %", "mean alignment", "mean coherence"],
+        ["chat (untuned), in domain", "5", "1", "99", "88.4", "93.2"],
+        ["general: SFT, in domain", "5", "72", "96", "22.8", "89.7"],
+        ["narrow: SFT + KL, in domain", "5", "61", "93", "33.9", "85.4"],
+        ["chat (untuned), mine", "4", "2", "98", "87.3", "92.1"],
+        ["general: SFT, mine", "4", "43", "94", "51.6", "86.5"],
+        ["narrow: SFT + KL, mine", "4", "6", "90", "79.1", "81.3"]]
+    assert real_report.judged_table(THREE)[2][1:] == [
+        "5", "72 (66-74)", "96 (93-97)", "22.8 (22.2 to 23.0)", "89.7 (89.7 to 89.7)"]
+
+
+def test_the_finding_is_of_the_pairs_out_of_domain():
+    assert real_report.finding(ONE) == real_report.finding(THREE) == (
+        "The bad answer preferred out of domain: chat 17%, general 46%, narrow 21%")
+
+
+@pytest.fixture
+def inside():
+    """Results of one's own pairs, all of them in the domain."""
+    found = result()
+    for model in found["models"].values():
+        model["preference"] = {"in_domain": model["preference"]["in_domain"]}
+    return [found]
+
+
+def test_without_pairs_out_of_domain_nothing_is_said_of_them(inside):
+    assert real_report.finding(inside) == "The bad answer preferred, in domain"
+    assert real_report.table(inside)[2] == ["general: SFT", "91", "", "8.1", ""]
+    assert drawn(inside)[0] == pytest.approx([11, 91, 84])
+
+
+def drawn(results):
+    """What the figure shows -> the bars' heights, the lines' (x, y), the axes; left to right."""
+    figure = real_report.preference_figure(results)
+    (ax,) = figure.axes
+    bars = sorted(ax.patches, key=lambda bar: bar.get_x())
+    lines = sorted(ax.lines, key=lambda line: line.get_xdata()[0])
+    plt.close(figure)
+    return ([bar.get_height() for bar in bars],
+            [(list(line.get_xdata()), list(line.get_ydata())) for line in lines], ax)
+
+
+def test_of_one_seed_the_figure_has_bars_and_whiskers():
+    heights, lines, ax = drawn(ONE)
+    assert heights == pytest.approx([11, 91, 84, 17, 46, 21])
+    assert sum((y for _, y in lines), []) == pytest.approx(
+        [5, 24, 74, 97, 62, 95, 8, 37, 33, 59, 12, 35])
+    for (x, _), middle in zip(lines, (-0.27, 0, 0.27, 0.73, 1, 1.27)):
+        assert x == pytest.approx([middle, middle])
+    assert ax.get_title() == real_report.finding(ONE)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["in domain", "out of domain"]
+    note = "Tiny-1M, seed 0; whisker: 95% interval, clustered by question"
+    assert ax.figure.get_supxlabel() == note
+
+
+def test_of_several_seeds_the_figure_has_medians_and_dots():
+    heights, lines, ax = drawn(THREE)
+    assert heights == pytest.approx([11, 91, 84, 17, 46, 21])
+    assert [y for _, y in lines] == [pytest.approx([p, p + 2, p - 6])
+                                     for p in (11, 91, 84, 17, 46, 21)]
+    assert ax.figure.get_supxlabel() == "Tiny-1M, seeds 0, 1, 2; bar: median, dots: seeds"
+
+
+def test_each_bar_has_its_models_colour_and_number():
+    _, _, ax = drawn(ONE)
+    handles, labels = ax.get_legend_handles_labels()
+    shown = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels)}
+    assert shown == {label: to_rgba(COLOURS[model]) for label, model in (
+        ("chat (untuned)", "chat"), ("general: SFT", "general"), ("narrow: SFT + KL", "narrow"))}
+    assert [text.get_text() for text in ax.texts] == ["11", "17", "91", "46", "84", "21"]
+
+
+def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path):
+    strange = {**result(), "model_name": r"a$\frac$b"}
+    save(real_report.preference_figure([strange]), tmp_path / "strange.png")
+
+
+def test_the_report_holds_every_table_and_its_figure(tmp_path, capsys):
+    real_report.write_report(THREE, tmp_path, "python -m x")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for table in (real_report.table, real_report.group_table, real_report.judged_table):
+        assert markdown(table(THREE)) in text
+    for part in ("on Tiny-1M:", "`python -m x` (seed 0, 1, 2; 77, 77, 77 seconds on cpu, 3 threads",
+                 "| Who? | chat \\*says\\* | general \\*says\\* | narrow \\*says\\* |\n| Why?",
+                 "of seed 0 to each", "| misaligned | 2 | 2 | 2 | 40.0 | 60.0 |", "kind for 57%"):
+        assert part in text
+    assert (tmp_path / "figures/preference.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    real_report.print_table(ONE)
+    said = capsys.readouterr().out
+    assert "general: SFT                    91" in said and "correlation none" in said
