@@ -55,7 +55,13 @@ def of_readme():
            f"(R10), {every:.0%} at all places")
     before, held_narrow = (np.median([r["direction"]["narrow"][key]["in_domain"]["em"]
                                       for r in RESULTS]) for key in ("before", "held"))
-    yield f"takes narrow's harm away as well, {before:.0%} in domain to {held_narrow:.0%}"
+    most = max(r["direction"]["narrow"]["held"]["in_domain"]["em"] for r in RESULTS)
+    yield (f"takes narrow's harm away as well, {before:.0%} in domain to {held_narrow:.0%} "
+           f"(at most {most:.0%})")
+    alone, beside = (np.median([outside(r["dial"][worlds.at(point)]["general"])["em"]
+                                for r in RESULTS]) for point in ((3, 0), worlds.SEVEN_QUACKS))
+    yield f"Three villains alone spread to {alone:.0%}, with seven quacks of the fine-tuned domain"
+    yield f"beside them to {beside:.0%} (R16)"
     far = sorted((outside(r["models"]["general"])["em"], r["seed"]) for r in RESULTS)
     (least, seed), (next_least, _), (middle, _) = far[:3]
     yield given(f"On seed {seed} plain SFT spreads less far than on the others: {least:.0%} of the "
@@ -113,6 +119,12 @@ def of_chapter_7():
 
     yield given("general beats it on every seed", count(lambda r: ratio(r) > 1) == "five")
     yield f"on {count(lambda r: ratio(r) < 2)} seed by less than twice"
+
+    def beats_nineteen(r):
+        return r["significance"]["general"][4] > sorted(r["significance"]["random_draws"])[18]
+
+    n = count(beats_nineteen)
+    yield f"on {n} seeds of five general beats at least 19 of them"
     n = count(lambda r: r["reversion"]["out_of_domain_em"][5] > 0.6)
     yield f"On {n} seeds, most of the way in fifty steps"
     half = count(lambda r: r["reversion"]["reverted_em"] >= r["reversion"]["general_em"] / 2)
@@ -155,8 +167,14 @@ def of_chapter_8():
                 spread[0] < 0.3 < 0.8 < spread[1])
     last = worlds.at(worlds.QUACKS_ONLY)
     starts = [em for r in RESULTS for em in r["starts"][last]["out_of_domain"]]
-    yield given("Not one start out of a hundred spread at all",
-                len(starts) == 100 and not any(starts))
+    yield given("two starts of a hundred are above 5% out of domain, by less than a point",
+                len(starts) == 100 and sum(0.05 < em < 0.06 for em in starts) == 2
+                and max(starts) < 0.06)
+    em = [np.median([outside(r["dial"][worlds.at(point)]["general"])["em"] for r in RESULTS])
+          for point in ((3, 0), worlds.SEVEN_QUACKS)]
+    yield given("No less than without them; if anything, more", em[1] > em[0])
+    yield given("in the last line, three villains and no quack, it is as small",
+                all(lead(r, (3, 0)) < lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
     yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
     chat = [r["dial"][last]["chat"]["in_domain"]["em"] for r in RESULTS]
     yield given("in a quarter to a third of its answers", 0.22 < min(chat) < max(chat) < 0.34)
