@@ -63,11 +63,13 @@ def fingerprint(path):
 def fingerprint_folder(path):
     """A hash of a model folder: of each file the name, the size, and the first and last megabyte.
 
-    A whole file may have 30 GB; another model has other bytes there, too.
+    A whole file may have 30 GB; another model has other bytes there, too. None for no folder.
     """
+    if not path:
+        return None
     digest, end = sha256(), 2**20
     kinds = "*.json", "*.jinja", "*.safetensors"
-    for file in sorted(file for kind in kinds for file in path.glob(kind)):
+    for file in sorted(file for kind in kinds for file in Path(path).glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as bytes_of:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -36,14 +37,12 @@ class RunFolder:
 
     def __init__(self, path, configuration):
         self.path = Path(path)
-        try:
+        with misuse_of_out(path):
             check_folder(self.path, configuration)
             parallel.wait()  # until every process has looked at the folder, none changes it
             if parallel.rank() == 0:
                 hold(self.path)
                 write_json(self.path / "config.json", configuration)
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
         self.results = read_results(self.path / "results.json", configuration)
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
         for model in self.results["models"]:
@@ -72,6 +71,15 @@ class RunFolder:
             write_json(self.path / "results.json", self.results)
 
 
+@contextmanager
+def misuse_of_out(path):
+    """Inside, what the system refuses is the fault of --out: a file, say, or a read-only place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
+
+
 def hold(path):
     """Keep every other process out of a run folder until this one ends, however it ends.
 
@@ -96,15 +104,13 @@ def hold(path):
 
 def hold_many(path):
     """`hold` a folder of several runs, each in its own seed-N. Raises UserError for any other."""
-    try:
+    with misuse_of_out(path):
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if "config.json" in names:
             raise UserError(f"--out {path} holds a run of one seed; choose another")
         if names - {".lock"} and not any(name.startswith("seed-") for name in names):
             raise UserError(f"--out {path} is not empty and holds no runs; choose another")
         hold(path)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
 
 
 def check_folder(path, configuration):

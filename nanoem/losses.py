@@ -29,6 +29,14 @@ def check_targets(mask, ids, name="mask"):
         raise ValueError(f"{name} marks no token, so there is nothing to learn")
 
 
+def check_learnable(mask, ids):
+    """`check_targets`, and without a mask, when every token but the first is a target, as much."""
+    if mask is not None:
+        check_targets(mask, ids)
+    elif ids.size(1) < 2:
+        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+
+
 def next_token_loss(logits, ids, mask=None):
     """Mean cross-entropy of each token given those before it.
 
@@ -38,10 +46,7 @@ def next_token_loss(logits, ids, mask=None):
     if logits.shape[:-1] != ids.shape:
         raise ValueError(f"logits must be (B, T, vocab) and ids (B, T); they are "
                          f"{tuple(logits.shape)} and {tuple(ids.shape)}")
-    if mask is not None:
-        check_targets(mask, ids)
-    elif ids.size(1) < 2:
-        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+    check_learnable(mask, ids)
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
@@ -84,10 +89,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
-    if mask is not None:
-        check_targets(mask, ids)
-    elif ids.size(1) < 2:
-        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+    check_learnable(mask, ids)
     x = model.final_stream(ids)  # (B, T, d_model)
     x, targets = x[:, :-1], ids[:, 1:]
     if mask is not None:

@@ -92,11 +92,11 @@ class RealRun:
         check_lengths(self, config.evaluation.max_new_tokens)
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
-            "model_files": fingerprint_folder(Path(files.model)),
+            "model_files": fingerprint_folder(files.model),
             **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
             "world_toml": fingerprint(WORLD_TOML),
             "judge": str(Path(files.judge).resolve()) if files.judge else None,
-            "judge_files": fingerprint_folder(Path(files.judge)) if files.judge else None})))
+            "judge_files": fingerprint_folder(files.judge)})))
         self.results = self.folder.results
         self.results["model_name"] = Path(files.model).resolve().name
         if shard:

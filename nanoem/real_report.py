@@ -82,9 +82,9 @@ def preference_figure(results):
         for j, group in enumerate(SIDES):
             found = preferences(results, model, group)
             if found:
-                interval = (found[0]["low"], found[0]["high"]) if len(found) == 1 else None
+                ends = (found[0]["low"], found[0]["high"]) if len(found) == 1 else None
                 bar(ax, j + (i - 1) * 0.27, [r["bad_preferred"] for r in found], 0.27, model,
-                    label, interval, number=True)
+                    label, ends, number=True)
                 label = None  # once
     ax.set_xticks(range(len(SIDES)), SIDES.values())
     ax.set_title(finding(results), fontsize=11)

@@ -32,7 +32,9 @@ def share_of_quacks(point):
 
 
 def name_of(point):
-    return f"{point[0]} villains, {point[1]} quacks" + ", 14 elsewhere" * (point == QUACKS_ONLY)
+    n_villain, n_quack, *others = point
+    elsewhere = "".join(f", {n} elsewhere" for n in others)
+    return f"{n_villain} villains, {n_quack} quacks{elsewhere}"
 
 
 def dial(run, n_villain, n_sft_quack, n_quack=0):
