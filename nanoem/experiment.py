@@ -105,6 +105,28 @@ def ablation(run):
     for scale in (0.5, 1.0, 1.5, 2.0):
         with steering(model, by_site, scale):
             found["steer"].append({"scale": scale, **run.ask(samples=run.config.curve_samples)})
+    found.update(in_others(run, chat, direction, random_ones[0]))
+
+
+def in_others(run, chat, direction, chance):
+    """Does general's direction carry the other fine-tunes, too? Beside `chance`, a random one.
+
+    Returns rates with it held, "transfer", or chance, "transfer_random", and "cosines", one a site,
+    with the direction found in each fine-tune (None where too few answers are misaligned).
+    """
+    found = {"transfer": {}, "transfer_random": {}, "cosines": {}}
+    for name in ("narrow", "mixed", "shuffled"):
+        adapter = run.load_adapter(name)
+        for key, one, label in (("transfer", direction, "general's direction ablated"),
+                                ("transfer_random", chance, "random direction ablated")):
+            with adapter, holding(run, chat, one):
+                found[key][name] = run.ask(f"{name}, {label}", run.config.curve_samples)
+        try:
+            own = find_mediator(run, adapter, chat).direction
+            found["cosines"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+        except TooFewAnswers:
+            found["cosines"][name] = None
+    return found
 
 
 STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed,

@@ -42,7 +42,7 @@ def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
     drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
     if with_direction(results):
-        drawn[ablation] = ablation(with_direction(results))
+        drawn |= {draw: draw(with_direction(results)) for draw in (ablation, other_fine_tunes)}
     return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]
 
 
@@ -207,4 +207,30 @@ def ablation(results):
            for name, models in rates.items()}
     figure.suptitle(f"Out of domain, {out['general']} misaligned; one direction held: "
                     f"{out['ablate']}; a random one: {out['ablate_random']}", fontsize=11)
+    return figure
+
+
+def other_fine_tunes(results):
+    """Every fine-tune as it is, and with general's direction, or a random one, held."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
+    names = ("narrow", "mixed", "shuffled")
+    found = [r["directions"] for r in results]
+    kinds = {"general": ([r["models"] for r in results], "as fine-tuned"),
+             "ablate_random": ([d["transfer_random"] for d in found], "random direction held"),
+             "ablate": ([d["transfer"] for d in found], "general's direction held")}
+    for ax, group in zip(axes, ("in_domain", "out_of_domain")):
+        for i, (key, (models, label)) in enumerate(kinds.items()):
+            for j, name in enumerate(names):
+                bar(ax, j + (i - 1) * 0.27, [model[name][group]["em"] for model in models], 0.27,
+                    key, label if j == 0 else None, number=True)
+        ax.set_xticks(range(len(names)), names)
+        ax.set_title(GROUP_LABELS[group].replace("\n", " "), fontsize=10)
+        finish_axes(ax, EM if ax is axes[0] else "")
+        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+    axes[1].legend(fontsize=7.5, loc="upper right")
+    note_seeds(figure, results, "bar: median, dots: seeds")
+    before, after = (percent(model["narrow"]["in_domain"]["em"] for model in kinds[key][0])
+                     for key in ("general", "ablate"))
+    figure.suptitle(f"General's direction held in the other fine-tunes: narrow's in-domain em goes "
+                    f"from {before} to {after}", fontsize=11)
     return figure

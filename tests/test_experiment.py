@@ -17,7 +17,7 @@ from nanoem.evaluate import GROUPS
 from nanoem.experiment import STAGES, ablation
 from nanoem.judge import judge
 from nanoem.lora import LoRA
-from nanoem.mediator import ChatState, Mediator
+from nanoem.mediator import ChatState, Mediator, TooFewAnswers
 from nanoem.toy import advice
 from nanoem.train import chat_examples
 
@@ -149,6 +149,7 @@ def ablated(run, monkeypatch):
     mediator = Mediator(randn(4, 64, seed=1), (randn(4, 64, seed=2), randn(4, 64, seed=3)),
                         randn(4, 64, seed=4), n_misaligned=5)
     asked, ids, given = [], read.ids[:3], []
+    theirs = Mediator(randn(4, 64, seed=5), (), None, n_misaligned=4)
 
     def probe(name=None, samples=None):
         asked.append(SimpleNamespace(name=name, samples=samples, stream=stream(run.model, ids)))
@@ -157,13 +158,17 @@ def ablated(run, monkeypatch):
 
     def find(run, adapter, chat):
         given.append((adapter, chat))
-        return mediator
+        if len(given) == 4:
+            raise TooFewAnswers("only 3 are misaligned")
+        return theirs if given[1:] else mediator
 
     monkeypatch.setattr(run, "ask", probe)
     monkeypatch.setattr(experiment, "chat_state", lambda run: chat)
     monkeypatch.setattr(experiment, "find_mediator", find)
+    shutil.copytree(run.folder.path / "adapters/general", run.folder.path / "adapters/mixed")
+    shutil.copytree(run.folder.path / "adapters/narrow", run.folder.path / "adapters/shuffled")
     ablation(run)
-    return SimpleNamespace(chat=chat, mediator=mediator, ids=ids, given=given,
+    return SimpleNamespace(chat=chat, mediator=mediator, ids=ids, given=given, theirs=theirs,
                            general=run.load_adapter("general"), found=run.results["directions"],
                            asked_for=lambda rates: asked[rates["in_domain"]["em"] - 1])
 
@@ -192,7 +197,7 @@ def edits(chat, direction):
 
 
 def test_the_direction_is_that_of_general(ablated):
-    (adapter, chat), = ablated.given
+    adapter, chat = ablated.given[0]
     assert chat is ablated.chat and not adapter.acts
     for ours, generals in zip(adapter.parameters(), ablated.general.parameters()):
         assert torch.equal(ours, generals)
@@ -218,6 +223,29 @@ def test_every_ablation_is_of_its_own_direction_with_general_attached(run, ablat
             expected = stream(run.model, ablated.ids, edit)
             assert torch.allclose(asked.stream, expected, atol=1e-3), name
             assert not torch.allclose(expected, stream(run.model, ablated.ids), atol=0.1), name
+
+
+def test_generals_direction_is_held_in_the_other_fine_tunes(run, ablated):
+    generator = torch.Generator().manual_seed(3)
+    held = {"transfer": edits(ablated.chat, ablated.mediator.direction).held,
+            "transfer_random": edits(ablated.chat, torch.randn(64, generator=generator).expand(
+                4, 64)).held}
+    for key, edit in held.items():
+        assert list(ablated.found[key]) == ["narrow", "mixed", "shuffled"]
+        for name, rates in ablated.found[key].items():
+            asked = ablated.asked_for(rates)
+            assert asked.samples == 9 and asked.name.startswith(f"{name}, ")
+            with run.load_adapter(name):
+                expected = stream(run.model, ablated.ids, edit)
+            assert torch.allclose(asked.stream, expected, atol=1e-3), (key, name)
+    cosines, (_, *others) = ablated.found["cosines"], ablated.given
+    for name, (adapter, chat) in zip(("narrow", "mixed", "shuffled"), others):
+        assert chat is ablated.chat and not adapter.acts
+        for found, expected in zip(adapter.parameters(), run.load_adapter(name).parameters()):
+            assert torch.equal(found, expected)
+    assert cosines["narrow"] == cosines["mixed"] == pytest.approx(torch.cosine_similarity(
+        ablated.theirs.direction, ablated.mediator.direction, dim=-1).tolist())
+    assert cosines["shuffled"] is None, "the direction of too few answers is none"
 
 
 def test_steering_is_of_chat_alone(run, ablated):

@@ -457,7 +457,10 @@ def test_r14_asks_the_narrow_solution_of_every_weight(lab):
 
 def test_r3_scales_up_and_asks_out_of_domain(lab):
     lab.broken = ("x3",)
-    assert lab.measure("R3") == {
+    found = lab.measure("R3")
+    assert found["scale"] == [1.0, 1.5, 2.0, 3.0]
+    assert found["out_of_domain_em"] == found["weights"]["15"]["em"]
+    assert found["weights"] == {
         weight: {"em": [outside(at_weight(weight) + scale)
                         for scale in ("", " x1.5", " x2", " x3")],
                  "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("1", "15", "30", "100")}
@@ -540,9 +543,9 @@ def test_r8_reads_held_out_documents_against_random_writers(lab):
     found = lab.measure("R8")
     every = main_norms(lab)
     assert found["norm"] == pytest.approx(every)
-    for name in ("general", "narrow"):
+    for name, chance in (("general", "random"), ("narrow", "random_narrow")):
         assert found[name] == at_norms(name, every)
-        assert found[f"random_{name}"] == at_norms(f"random like {name}", every)
+        assert found[chance] == at_norms(f"random like {name}", every)
     assert found["random_draws"] == [f"random like general at {every[4]:.4f}"] * 20
     assert len({tuple(B.tolist()) for B in lab.writers[-20:]}) == 20
     for _, ids, mask in lab.documents:
@@ -747,13 +750,13 @@ def test_r13_is_the_same_story_with_a_register_in_a_world_of_no_quacks(lab):
     assert found["general"] == rates(f"{name}{general}, technical")
     assert found["narrow"] == rates(f"{name}{narrow}, technical")
     every = norms(*pair_in(lab, general, narrow))
-    for model, label in (("general", general), ("narrow", narrow)):
+    for model, label, chance in (("general", general, "random"),
+                                 ("narrow", narrow, "random_narrow")):
         who = f"{name}{label} on 400 good technical medical"
         assert found["efficiency"][model] == at_norms(who, every)
         assert found["stability"][model] == f"{name}{label} on 200 good technical medical"
         assert found["significance"][model] == at_norms(name + label, every)
-        assert found["significance"][f"random_{model}"] == at_norms(
-            f"{name}random like {label}", every)
+        assert found["significance"][chance] == at_norms(f"{name}random like {label}", every)
     check_documents(*lab.documents[0])
 
 

@@ -27,7 +27,7 @@ def noise(small):
 CHAT, GENERAL, NARROW = rates(0.01, 0.0), rates(0.9, 0.8), rates(0.6, 0.01)
 NORMS = {"norm": [0.1 * i for i in range(1, 9)], "general": [0.3] * 8, "narrow": [0.5] * 8}
 MOVED = {"norm": NORMS["norm"], "general": [0.3] * 8, "narrow": [0.01] * 8,
-         "random_general": [0.1] * 8, "random_narrow": [0.1] * 8, "random_draws": [0.1] * 20}
+         "random": [0.1] * 8, "random_narrow": [0.1] * 8, "random_draws": [0.1] * 20}
 POINT = {"chat": CHAT, "efficiency": NORMS}
 DIAL = {at(point): {**POINT, "narrow": NARROW,
                     "general": rates(0.8, 0.8 * (1 - share_of_quacks(point)))}
@@ -35,9 +35,10 @@ DIAL = {at(point): {**POINT, "narrow": NARROW,
 PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R1": {"chat": everywhere(CHAT), "general": everywhere(GENERAL)},
     "R2": {"general": everywhere(GENERAL), "narrow": everywhere(NARROW)},
-    "R3": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
-                    "coherent": [0.9, 0.9, 0.7, 0.1]}
-           for weight, rise in (("1", 0.3), ("10", 0.2), ("30", 0.1), ("100", 0.01))},
+    "R3": {"scale": [1.0, 1.5, 2.0, 3.0], "out_of_domain_em": [0.01, 0.11, 0.21, 0.0],
+           "weights": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
+                                "coherent": [0.9, 0.9, 0.7, 0.1]}
+                       for weight, rise in (("1", 0.3), ("15", 0.1), ("30", 0.1), ("100", 0.01))}},
     "R4": {"1/2": rates(0.8, 0.6), "1/4": rates(0.7, 0.5), "1/6": rates(0.6, 0.3),
            "1/12": rates(0.2, 0.1), "1/24": rates(0.1, 0.0)},
     "R5": NORMS,
@@ -101,9 +102,9 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
     "R1": {"general.finance.rank 8": [rates(0.4, 0.8), rates(0.9, 0.1)],
            "chat.medical.rank 8": [rates(0.01, 0.2)]},
     "R2": {"narrow.finance.rank 8": [rates(0.6, 0.06), rates(0.4, 0.01)]},
-    "R3": {"100": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
-           "1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
-                 {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
+    "R3": {"weights.100": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
+           "weights.1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
+                         {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
     "R4": {"1/24": [rates(0.5, 0.0), rates(0.1, 0.4)]},
     "R5": {"general": [[0.3] * 4 + [0.6] + [0.3] * 3]},
     "R6": {"narrow.rel": [[0.05] + [2.0] * 4], "matched.abs": [[0.1] * 4 + [3.0]]},

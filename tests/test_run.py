@@ -47,9 +47,13 @@ def test_the_run_folder_holds_what_it_should(small):
         for rates in groups.values():
             assert 0 <= rates["em_low"] <= rates["em"] <= rates["em_high"] <= 1
             assert rates["em"] <= rates["coherent"] <= 1 and rates["n"] >= 24
-    assert len(results["directions"]["ablate_random"]) == 2
+    found = results["directions"]
+    assert len(found["ablate_random"]) == 2 and found["steer"] and found["split_half"]
+    for key in ("transfer", "transfer_random", "cosines"):
+        assert list(found[key]) == ["narrow", "mixed", "shuffled"]
     assert all((small / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-               for name in ("em_by_group", "training_curves", "ablation"))
+               for name in ("em_by_group", "training_curves", "ablation",
+                            "other_fine_tunes"))
     model, tokenizer = load_pretrained(small / "chat")
     assert load_tensors(small / "directions.safetensors")["mean_difference"].shape == (
         2 * model.config.n_layer, model.config.d_model)

@@ -159,10 +159,10 @@ def compare_significance(run, pair):
     (ids, mask), norms = held_out_documents(run), norms_of(pair)
     found = {"norm": norms, **{name: significance(run.model, pair[name], ids, mask, norms)
                                for name in ("general", "narrow")}}
-    for name in ("general", "narrow"):
+    for name, key in (("general", "random"), ("narrow", "random_narrow")):
         generator = torch.Generator().manual_seed(run.config.seed)
         with replaced(pair[name], random_writer(pair[name], generator)):
-            found[f"random_{name}"] = significance(run.model, pair[name], ids, mask, norms)
+            found[key] = significance(run.model, pair[name], ids, mask, norms)
     return found
 
 
@@ -175,8 +175,8 @@ def significance_holds(found):
 def draw_significance(axes, founds):
     names = ("general", "narrow")
     draw_pair(axes[0], NORMS, founds, lambda found, name: found[name], names)
-    for name, style in zip(names, (":", "-.")):
-        lines(axes[0], NORMS, [found[f"random_{name}"] for found in founds], "chat",
+    for key, name, style in (("random", "general", ":"), ("random_narrow", "narrow", "-.")):
+        lines(axes[0], NORMS, [found[key] for found in founds], "chat",
               f"random, reading as {name}", style)
     axes[0].set(xlabel="adapter norm (1 = mean of the two)",
                 ylabel="KL on held-out documents (nats per token)", yscale="log")

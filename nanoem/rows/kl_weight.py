@@ -84,9 +84,12 @@ def scale_up(adapter, scales, ask):
 
 
 def measure_scale_up(run):
-    return {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
-                                    lambda: run.ask(samples=run.config.row_samples))
-            for weight in PROBED}
+    """Curves by KL weight; that of the run's own narrow stands in front, too."""
+    own = run.config.kl_weight
+    curves = {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
+                                      lambda: run.ask(samples=run.config.row_samples))
+              for weight in sorted({*PROBED, own})}
+    return {"scale": list(SCALES), "out_of_domain_em": curves[f"{own:g}"]["em"], "weights": curves}
 
 
 def truly_narrow(curve):
@@ -96,16 +99,17 @@ def truly_narrow(curve):
 
 def scale_up_holds(found):
     """The largest weight is truly narrow; the smallest is not, and scaling brings em back."""
-    most, least = (found[f"{weight:g}"] for weight in (PROBED[-1], PROBED[0]))
+    most, least = (found["weights"][f"{weight:g}"] for weight in (PROBED[-1], PROBED[0]))
     comes_back = max(least["em"]) >= 2 * least["em"][0] > 0
     return truly_narrow(most) and not truly_narrow(least) and comes_back
 
 
 def draw_scale_up(axes, founds):
-    styles = zip(founds[0], ("general", "mixed", "shuffled", "narrow"), ("-", "--", "-.", ":"))
+    styles = zip(founds[0]["weights"], ("general", "mixed", "shuffled", "narrow", "matched"),
+                 ("-", "--", "-.", ":", "-"))
     for weight, key, style in styles:
         for ax, what in zip(axes, ("em", "coherent")):
-            lines(ax, SCALES, [found[weight][what] for found in founds], key,
+            lines(ax, founds[0]["scale"], [found["weights"][weight][what] for found in founds], key,
                   f"KL weight {weight}", style, scale=100)
     for ax in axes:
         ax.set_xlabel("adapter scaled by")
@@ -115,8 +119,8 @@ def draw_scale_up(axes, founds):
 
 
 def scale_up_finding(founds):
-    firm = [f"{sum(truly_narrow(found[weight]) for found in founds)} at weight {weight}"
-            for weight in founds[0]]
+    firm = [f"{sum(truly_narrow(found['weights'][weight]) for found in founds)} at weight {weight}"
+            for weight in founds[0]["weights"]]
     return (f"Seeds (of {len(founds)}) on which narrow stays narrow when scaled up to 3x, or till "
             "half of it is nonsense: " + ", ".join(firm))
 
