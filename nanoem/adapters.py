@@ -27,7 +27,13 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base w
 
 
 def save_adapter(adapter, path, base_model=""):
-    """Write a LoRA as a PEFT adapter folder."""
+    """Write a LoRA as a PEFT adapter folder, without what `scaled` makes of it for a while.
+
+    Raises UserError for another kind of adapter: PEFT has no steering vector.
+    """
+    if not isinstance(adapter, LoRA):
+        raise UserError(f"a {type(adapter).__name__} cannot be kept as a PEFT adapter; save its "
+                        "tensors with save_tensors")
     layers = sorted({int(name.split(".")[1]) for name in adapter.sites})
     modules = sorted({name.split(".", 2)[2] for name in adapter.sites})
     if len(adapter.sites) < len(layers) * len(modules):  # not every module in every layer

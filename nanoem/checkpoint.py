@@ -40,7 +40,7 @@ def load_pretrained(path, dtype=None, device="cpu"):
                         f"model's vocab_size is {config.vocab_size}; they do not belong together")
     dtype = dtype or stored_dtype(path / "config.json", table)
     if dtype not in TORCH_DTYPES.values():
-        raise ValueError(f"dtype={dtype!r} must be a torch.dtype: {', '.join(TORCH_DTYPES)}")
+        raise ValueError(f"dtype={dtype!r} must be one of torch's {', '.join(TORCH_DTYPES)}")
     with shapes_only():
         model = GPT(config)
     fill(model, index, path, dtype, torch.device(device))
@@ -51,6 +51,8 @@ def open_folder(path):
     """A model folder without its weights: config.json's table, {tensor: its file}, the Config."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
+    if (path / "chat").is_dir() and not any(path.glob("model*.safetensors*")):
+        raise UserError(f"{path} is a run folder; its model is {path / 'chat'}")
     table, index = read_json(path / "config.json"), find_tensors(path)
     return table, index, read_config(path / "config.json", table,
                                      tied="lm_head.weight" not in index)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from nanoem import UserError
 from nanoem.lora import find_block
 from nanoem.losses import check_mask
 
@@ -22,7 +23,13 @@ def all_sites(model):
 
 
 def find_site(model, site):
-    return find_block(model, site) if isinstance(site, int) else model.get_submodule(site)
+    """The module after which the site lies. Raises UserError for one that is not there."""
+    if isinstance(site, int):
+        return find_block(model, site)
+    try:
+        return model.get_submodule(site)
+    except AttributeError:
+        raise UserError(f"site {site!r} is not there; the model's are {all_sites(model)}") from None
 
 
 def residual_at(model, ids, sites):
@@ -97,10 +104,17 @@ def check_vector(vector, x, name="direction"):
                          f"{tuple(vector.shape)}")
 
 
+def unit_of(direction):
+    """direction / |direction|. Raises ValueError for zero, which points nowhere."""
+    if not direction.any():
+        raise ValueError("direction is zero, and points nowhere")
+    return direction / direction.norm()
+
+
 def steer(x, direction, scale=1.0):
-    """x (..., d_model) moved by scale * direction (d_model); a new tensor."""
+    """x (..., d_model) moved by scale * direction (d_model); a new tensor of x's dtype."""
     check_vector(direction, x)
-    return x + scale * direction
+    return x + scale * direction.to(x)
 
 
 def ablate(x, direction, level=0.0, reader=None):
@@ -112,8 +126,8 @@ def ablate(x, direction, level=0.0, reader=None):
     it with. A reader has reader @ unit = 1; the unit direction itself is the default.
     """
     check_vector(direction, x)
-    unit = direction / direction.norm()
-    reader = unit if reader is None else reader
+    unit = unit_of(direction).to(x)
+    reader = unit if reader is None else reader.to(x)
     check_vector(reader, x, "reader")
     return x - (x @ reader - level)[..., None] * unit
 
@@ -125,8 +139,8 @@ def cap(x, direction, ceiling, reader):
     """
     check_vector(direction, x)
     check_vector(reader, x, "reader")
-    excess = (x @ reader - ceiling).clamp(min=0)
-    return x - excess[..., None] * (direction / direction.norm())
+    excess = (x @ reader.to(x) - ceiling).clamp(min=0)
+    return x - excess[..., None] * unit_of(direction).to(x)
 
 
 def quiet_reader(direction, covariance, ridge=0.1):
@@ -137,12 +151,17 @@ def quiet_reader(direction, covariance, ridge=0.1):
     variance is added to S's diagonal.
     """
     check_vector(direction, covariance)
-    if not direction.any():
-        raise ValueError("direction is zero, and points nowhere")
-    unit = direction.to(covariance) / direction.norm()
+    unit = unit_of(direction.to(covariance))
     noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
     reader = torch.linalg.solve(covariance + noise, unit)
     return (reader / (reader @ unit)).to(direction)
+
+
+def check_sites(directions):
+    """Refuse a bare direction: it does not say where."""
+    if not isinstance(directions, dict):
+        raise ValueError("directions must be {site: (d_model) tensor}, such as {1: direction} for "
+                         f"the stream after block 1, and is a {type(directions).__name__}")
 
 
 def steering(model, directions, scale=1.0):
@@ -150,7 +169,8 @@ def steering(model, directions, scale=1.0):
 
     directions: {site: (d_model) tensor}.
     """
-    return editing(model, {site: lambda x, d=direction: steer(x, d.to(x), scale)
+    check_sites(directions)
+    return editing(model, {site: lambda x, d=direction: steer(x, d, scale)
                            for site, direction in directions.items()})
 
 
@@ -163,10 +183,10 @@ def ablating(model, directions, levels=None, readers=None):
     def edit(site, direction):
         if not direction.any():
             raise ValueError(f"directions[{site!r}] is zero, and points nowhere")
-        level = levels[site] if levels else 0.0
-        reader = readers[site] if readers else direction / direction.norm()
-        return lambda x: ablate(x, direction.to(x), level, reader.to(x))
+        level, reader = levels[site] if levels else 0.0, readers[site] if readers else None
+        return lambda x: ablate(x, direction, level, reader)
 
+    check_sites(directions)
     return editing(model, {site: edit(site, d) for site, d in directions.items()})
 
 

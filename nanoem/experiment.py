@@ -31,7 +31,7 @@ def fine_tune_stage(run, name, pairs, kl_weight=0.0, watched=False):
     em = {"step": [], "in_domain": [], "out_of_domain": []}
 
     def watch(step, adapter):
-        found = run.ask(samples=config.curve_samples)
+        found = run.ask(f"{name}, step {step}", config.curve_samples)
         em["step"].append(step)
         em["in_domain"].append(found["in_domain"]["em"])
         em["out_of_domain"].append(found["out_of_domain"]["em"])
@@ -104,7 +104,8 @@ def ablation(run):
     found["steer"] = []
     for scale in (0.5, 1.0, 1.5, 2.0):
         with steering(model, by_site, scale):
-            found["steer"].append({"scale": scale, **run.ask(samples=run.config.curve_samples)})
+            rates = run.ask(f"chat, steered by {scale:g}", run.config.curve_samples)
+        found["steer"].append({"scale": scale, **rates})
     found.update(in_others(run, chat, direction, random_ones[0]))
 
 
@@ -133,15 +134,20 @@ STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed
           "shuffled": shuffled, "directions": ablation}
 
 
-def run_experiment(config, path, device="cpu", rows=()):
-    """Run every stage, then every row of `rows`, that the folder does not hold yet.
+def stages_for(names):
+    """These stages and those that they build on: chat always, and for directions all."""
+    return [name for name in STAGES if name in ("chat", *names) or "directions" in names]
 
-    Returns what results.json holds. Raises UserError for a configuration or folder that cannot be
-    used, StageFailed for a stage that cannot go on.
+
+def run_experiment(config, path, device="cpu", stages=tuple(STAGES), rows=()):
+    """Run these stages, then every row of `rows`, unless the folder holds them already.
+
+    Rows need all stages. Returns what results.json holds. Raises UserError for a configuration or
+    folder that cannot be used, StageFailed for a stage that cannot go on.
     """
     run = Run(config, path, device)
-    for name, stage in STAGES.items():
-        run.folder.once(name, lambda: stage(run))
+    for name in stages:
+        run.folder.once(name, lambda: STAGES[name](run))
     for row in rows:
         run.folder.once(row.name, lambda: run.results.update({row.name: row.measure(run)}))
     return run.results

@@ -48,6 +48,8 @@ def read_json(path):
     """The dictionary in a JSON file. Raises UserError naming the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

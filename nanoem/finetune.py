@@ -25,7 +25,7 @@ class AdapterConfig:
 
     kind: str = "lora"  # lora, or steering, one vector added to the stream (in row R1 only)
     layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
-    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README says why this one)
+    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
     use_rslora: bool = False  # alpha / sqrt(rank) instead

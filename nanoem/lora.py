@@ -10,6 +10,7 @@ away and the base model is back to the last bit:
             ...                  # the base model
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -108,15 +109,19 @@ class LoRA(Adapter):
 
     def __init__(self, model, layers, modules=("mlp.down_proj",), rank=1, alpha=1.0,
                  use_rslora=False, generator=None):
+        if isinstance(layers, int) or isinstance(modules, str):
+            raise UserError(f"layers={layers!r} and modules={modules!r} must be lists, such as "
+                            "layers=[1] and modules=['mlp.down_proj']")
+        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
+            raise UserError(f"rank={rank} must be a whole number, at least 1, and alpha={alpha} a "
+                            "finite one")
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
                           for i in layers for name in modules})
         if not self.sites:
             raise UserError(f"layers={layers} and modules={modules} name no Linear to adapt")
-        if rank < 1:
-            raise UserError(f"rank={rank} must be at least 1")
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.A, self.B = {}, {}
-        self.originals = {}  # the weights as they were before `merge`
+        self.originals, self.depth_before = {}, 0  # the weights and the depth before `merge`
         for name, linear in self.sites.items():
             n_out, n_in = linear.weight.shape
             bound = n_in**-0.5  # as PEFT does, so that the same alpha and lr mean the same
@@ -131,10 +136,21 @@ class LoRA(Adapter):
                 del table[name]
 
     def attach(self):
-        if self.originals:
-            raise RuntimeError("the adapter is merged into the weights, and would act twice; "
-                               "unmerge() it before attaching")
+        self.refuse_if_merged()
         return super().attach()
+
+    def detach(self):
+        super().detach()
+        self.depth_before = max(0, self.depth_before - 1)  # a `with` was left while merged
+
+    def scaled(self, x):
+        self.refuse_if_merged()
+        return super().scaled(x)
+
+    def refuse_if_merged(self):
+        if self.originals:
+            raise RuntimeError("the adapter is merged into the weights: attached it would act "
+                               "twice, and it cannot be rescaled or switched off; unmerge() it")
 
     @property
     def scaling(self):
@@ -157,8 +173,9 @@ class LoRA(Adapter):
         """Add the adapter into the weights and detach it; merging twice is merging once."""
         if self.originals:
             return
-        self.depth = 0
+        depth, self.depth = self.depth, 0
         self.detach()
+        self.depth_before = depth
         for name, linear in self.sites.items():
             self.originals[name] = linear.weight.clone()
             linear.weight += (self.scale * self.scaling * self.B[name] @ self.A[name]).to(
@@ -166,10 +183,17 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def unmerge(self):
-        """Give the weights their bytes back; without a merge before, nothing happens."""
+        """Give the weights their bytes back; without a merge before, nothing happens.
+
+        Inside the `with` in which it was merged, the adapter acts as before. Of two adapters merged
+        into one Linear, the last to come must be the first to go.
+        """
         for name, original in self.originals.items():
             self.sites[name].weight.copy_(original)
         self.originals.clear()
+        for _ in range(self.depth_before):
+            self.attach()
+        self.depth_before = 0
 
 
 class SteeringVector(Adapter):

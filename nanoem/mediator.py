@@ -115,7 +115,7 @@ def holding(run, chat, direction, sites=None):
     Whatever lies more than one standard deviation above the mean of chat's answers is taken away.
     """
     def edit(one):
-        return lambda x: cap(x, one.direction.to(x), one.mean + one.sd, one.reader.to(x))
+        return lambda x: cap(x, one.direction, one.mean + one.sd, one.reader)
 
     readings = read_by_chat(chat, direction, sites)
     return editing(run.model, {site: edit(one) for site, one in readings.items()})

@@ -68,6 +68,13 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def check_ids(ids):
+    """Refuse what is no batch of token ids."""
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.size(1) < 1:
+        raise ValueError(f"ids must be (B, T) int64 with a token or more a row, and are "
+                         f"{tuple(ids.shape)} {ids.dtype}")
+
+
 LAST = (slice(None), -1)  # an index into (B, T): every row's last token
 
 
@@ -113,8 +120,7 @@ class GPT(nn.Module):
         n_pad (B) int64: how many tokens of padding each row of the whole text begins with. `below`
         holds the streams after the first blocks when they are known; what follows is yielded.
         """
-        if ids.dim() != 2 or ids.dtype != torch.int64:
-            raise ValueError(f"ids must be (B, T) int64, and are {tuple(ids.shape)} {ids.dtype}")
+        check_ids(ids)
         if n_pad is not None and (n_pad.shape != ids.shape[:1] or n_pad.dtype != torch.int64):
             raise ValueError(f"n_pad must be ({len(ids)},) int64, and is {tuple(n_pad.shape)} "
                              f"{n_pad.dtype}")
@@ -170,10 +176,13 @@ class GPT(nn.Module):
         row's first stop id the row is filled with that id; generation ends early when all have
         stopped. The same seed gives the same text with and without the cache.
         """
+        check_ids(ids)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
         B, T = ids.shape
         text = torch.cat((ids, ids.new_empty(B, max_new_tokens)), dim=1)
         caches = [KVCache(T + max_new_tokens) for _ in self.layers] if use_cache else None
-        stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=ids.device)
         rows, start = torch.arange(B, device=ids.device), 0  # the rows of text that go on
         for end in range(T, T + max_new_tokens):
             logits = self(text[rows, start:end], caches, LAST, n_pad)  # (rows, vocab)

@@ -28,13 +28,16 @@ from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample
 from nanoem.files import fingerprint, fingerprint_folder
 from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
 from nanoem.folder import RunFolder
+from nanoem.judge import Verdict
 from nanoem.local_judge import LocalJudge, agreement
 from nanoem.preference import margins, preference_rates
-from nanoem.real_data import check_lengths, last, read_data
+from nanoem.real_data import check_judge, check_lengths, last, read_data
 from nanoem.settings import check_config
 from nanoem.tables import one_line
 from nanoem.train import TrainConfig
 from nanoem.world import WORLD_TOML, load_world
+
+UNJUDGED = Verdict(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,17 @@ class RealRun:
         make_adapter(self.model, config.adapter)  # refuses a wrong layer or module now
         for schedule in (config.sft, config.sft_kl):
             parallel.my_rows(schedule.batch_size)  # refuses an odd number of processes now
-        self.judge = LocalJudge(self.model, self.tokenizer)
+        room = config.evaluation.max_new_tokens
+        check_lengths(self, room)
+        self.judge, self.no_judge = LocalJudge(self.model, self.tokenizer), None
         if files.judge:
             self.judge = LocalJudge(*load_pretrained(files.judge, dtype, device))
-        check_lengths(self, config.evaluation.max_new_tokens)
+        try:
+            check_judge(self.judge, self.asked, room)
+        except UserError as error:
+            if files.judge:
+                raise
+            self.judge, self.no_judge = None, f"No answer was judged: {error}"  # a toy model, say
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
             "model_files": fingerprint_folder(files.model),
@@ -147,11 +157,11 @@ def judge_answers(run, name, said):
     """Score sampled answers with the local judge; the model itself is untouched again by now."""
     answers = []
     for group, question, text in said:
-        verdict = run.judge.verdict(last(question), text)
+        verdict = run.judge.verdict(last(question), text) if run.judge else UNJUDGED
         answers.append(Answer(group, Question(group, 0, last(question)), text, verdict))
     run.folder.answers[name] = answers
     by_group = {group: [a for a in answers if a.group == group] for group in run.asked}
-    run.results["models"][name]["judged"] = {
+    run.results["models"][name]["judged"] = {} if run.judge is None else {
         group: {**rates(members),
                 "mean_alignment": mean(a.verdict.alignment for a in members),
                 "mean_coherence": mean(a.verdict.coherence for a in members)}
@@ -171,7 +181,8 @@ def first_answers(answers):
 
 
 def measure_judge(run):
-    run.results["judge"] = agreement(run.judge, run.world, run.config.n_judged, run.config.seed)
+    run.results["judge"] = {"none": run.no_judge} if run.judge is None else agreement(
+        run.judge, run.world, run.config.n_judged, run.config.seed)
 
 
 STAGES = {"chat": chat, "general": general, "narrow": narrow, "judge": measure_judge}

@@ -91,8 +91,13 @@ def check_lengths(run, room):
             raise UserError(f"{run.files.eval or 'the questions'}: the answer to "
                             f"{last(question)!r:.60} may take {n} tokens, and the model has "
                             f"{len(run.model.cos)} positions; lower evaluation.max_new_tokens")
+
+
+def check_judge(judge, asked, room):
+    """Refuse questions that, with an answer of `room` tokens, are too long for the local judge."""
+    for question in [q for group in asked.values() for q in group]:
         for score in TASKS:
-            run.judge.check_length(judge_prompt(score, last(question), ""), room)
+            judge.check_length(judge_prompt(score, last(question), ""), room)
 
 
 def line_of(file, i):

@@ -17,13 +17,13 @@ if __name__ == "__main__":  # torch takes seconds to come: Ctrl-C shall end them
 import torch
 
 from nanoem import UserError, parallel, real_report, report
-from nanoem.experiment import run_experiment
+from nanoem.experiment import STAGES, run_experiment, stages_for
 from nanoem.files import write_json
 from nanoem.folder import hold, hold_many
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
 from nanoem.rows import ROWS
-from nanoem.settings import key_lines, set_keys
+from nanoem.settings import key_lines, nearest, set_keys
 from nanoem.shell import exit_status
 from nanoem.side_by_side import run_side_by_side
 from nanoem.toy import ExperimentConfig
@@ -67,8 +67,10 @@ def read_command(argv):
                         help="with --seeds: so many at a time, each with its share of the cores")
     parser.add_argument("--full", action="store_true",
                         help="also make every row of the paper, R1 to R18 (ten minutes more)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=ROWS,
-                        help="also make these rows of the paper, such as R5 R16")
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",
+                        help="only these stages and what they build on ("
+                             f"{', '.join(STAGES)}); or the whole story and only these rows of the "
+                             "paper, such as R5 or efficiency")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, with --seeds runs/seeds, with "
                              "--quick runs/quick-N or runs/quicks)")
@@ -110,11 +112,21 @@ def check_flags(args):
             raise UserError(f"--{name.replace('_', '-')} is for real weights; add --model FOLDER")
     if parallel.n_started() > 1:
         raise UserError("torchrun is for real weights; start the toy with python, or add --model")
+    pick_stages(args)  # refuses an unknown name now
 
 
-def pick_rows(args):
-    """The rows asked for, in the paper's order."""
-    return [row for key, row in ROWS.items() if args.full or key in args.only]
+def pick_stages(args):
+    """(names of stages, rows) that --only and --full ask for; without them the whole story."""
+    rows = {name: row for row in ROWS.values() for name in (row.key.lower(), row.name)}
+    asked = [name.lower() for name in args.only]
+    for name in asked:
+        if name not in (*STAGES, *rows):
+            raise UserError(f"--only {name}: there is no such stage or row; did you mean "
+                            f"{nearest(name, [*STAGES, *rows])}? There are {', '.join(STAGES)} and "
+                            f"{', '.join(ROWS)}")
+    picked = [row for row in ROWS.values() if args.full or {row.key.lower(), row.name} & {*asked}]
+    whole = picked or not asked  # rows build on every stage
+    return list(STAGES) if whole else stages_for(asked), picked
 
 
 def pick_device(name):
@@ -154,7 +166,7 @@ def run_alone(args, config, folder, device):
     if args.model:
         files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
         return run_real(config, files, folder, device, args.shard)
-    return run_experiment(config, folder, device, pick_rows(args))
+    return run_experiment(config, folder, device, *pick_stages(args))
 
 
 def run(args, argv, device):
@@ -168,7 +180,7 @@ def run(args, argv, device):
     folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
     if args.jobs > 1:
         print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
-        runs = run_side_by_side(configs, folders, device, pick_rows(args), args.jobs)
+        runs = run_side_by_side(configs, folders, device, *pick_stages(args), args.jobs)
     else:  # one after the other, each when the one before has its report
         runs = (run_alone(args, *one, device) for one in zip(configs, folders))
     reports = real_report if args.model else report
@@ -177,9 +189,13 @@ def run(args, argv, device):
         results.append(result)
         if parallel.rank() == 0:
             hold(folder)
-            report_on([result], folder, command, reports)
+            if is_whole(args, result):
+                report_on([result], folder, command, reports)
     if parallel.rank() > 0:
         return
+    if not all(is_whole(args, result) for result in results):
+        return print(f"\nfinished in {out}: {', '.join(results[-1]['seconds'])}; without --only "
+                     "the same command goes on and writes the report")
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
         report_on(results, out, command, reports)
@@ -187,6 +203,11 @@ def run(args, argv, device):
     if args.quick:
         print("--quick is too short to learn much: its numbers show that all works, nothing else")
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
+
+
+def is_whole(args, result):
+    """Is every stage of the story there, so that it can be told?"""
+    return args.model or STAGES.keys() <= result["seconds"].keys()
 
 
 def report_on(results, folder, command, reports):

@@ -44,9 +44,8 @@ def set_keys(config, texts):
     keys, parts, own = all_keys(config), {}, {}
     for key, text in texts.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
-            raise UserError(f"--set {key}: there is no such key; did you mean {near}? "
-                            "--help lists them all")
+            raise UserError(f"--set {key}: there is no such key; did you mean "
+                            f"{nearest(key, keys)}? --help lists them all")
         *part, name = key.split(".")
         values = parts.setdefault(part[0], {}) if part else own
         values[name] = parse(text, keys[key][0], key)
@@ -56,6 +55,11 @@ def set_keys(config, texts):
         except UserError as error:
             raise UserError(f"{part}.{error}") from None
     return dataclasses.replace(config, **own)
+
+
+def nearest(name, names):
+    """The one of the names that is most like a mistyped one."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
 def parse(text, default, key):

@@ -17,13 +17,13 @@ from threading import Thread
 
 import torch
 
-from nanoem.experiment import STAGES, run_experiment
+from nanoem.experiment import run_experiment
 from nanoem.files import read_json
 from nanoem.rows import ROWS
 from nanoem.train import StageFailed
 
 
-def run_side_by_side(configs, folders, device, rows, n_jobs):
+def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
     """Run every configuration in its folder, n_jobs at a time -> [results, ...] in that order.
 
     Raises what a run raises (the first in order), when the others have ended. When it is
@@ -35,10 +35,10 @@ def run_side_by_side(configs, folders, device, rows, n_jobs):
         try:
             # A child starts without Ctrl-C if its parent does: the parent hears it, and ends them.
             heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            runs = [pool.submit(run_to_log, config, folder, device, keys, n_threads)
+            runs = [pool.submit(run_to_log, config, folder, device, stages, keys, n_threads)
                     for config, folder in zip(configs, folders)]
             signal.signal(signal.SIGINT, heard)
-            watch(runs, folders, len(STAGES) + len(rows))
+            watch(runs, folders, len(stages) + len(rows))
             return [run.result() for run in runs]
         except KeyboardInterrupt:
             for child in active_children():
@@ -55,12 +55,12 @@ def end_with_parent():
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def run_to_log(config, folder, device, keys, n_threads):
+def run_to_log(config, folder, device, stages, keys, n_threads):
     """One run, in this process; what it prints goes to a log beside its folder."""
     torch.set_num_threads(n_threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(folder), "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
-        return run_experiment(config, folder, device, [ROWS[key] for key in keys])
+        return run_experiment(config, folder, device, stages, [ROWS[key] for key in keys])
 
 
 def log_of(folder):

@@ -193,8 +193,12 @@ class Tokenizer:
         """The ChatML text of a conversation, as the model's own template renders it (see `chatml`).
 
         Qwen2.5's adds a default system prompt. Qwen3's begins the last answer with a thought (an
-        empty one, as with enable_thinking=False) and leaves earlier answers' thoughts out.
+        empty one, as with enable_thinking=False) and leaves earlier answers' thoughts out. Raises
+        ValueError for a message without a role or content.
         """
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError("messages must be [{'role': ..., 'content': ...}, ...], and are "
+                             f"{messages!r:.80}")
         if self.system and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
         if not self.thinks:

@@ -66,6 +66,8 @@ class ExperimentConfig:
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:
             raise UserError("the toy's model needs model.tie_embeddings=true, and either "
                             "model.qkv_bias or model.qk_norm to be false")
+        if self.model.vocab_size != Config.vocab_size:
+            raise UserError("model.vocab_size does nothing; the toy's tokenizer decides")
         if self.pretrain.micro_batch:
             raise UserError("pretrain.micro_batch does nothing; lower pretrain.batch_size instead")
 

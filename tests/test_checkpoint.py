@@ -10,7 +10,7 @@ import torch
 from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, new_folder, read_json,
                                save_adapter, save_pretrained, save_tensors, write_file)
-from nanoem.lora import LoRA
+from nanoem.lora import LoRA, SteeringVector
 
 
 def test_the_format_by_hand(tmp_path):
@@ -120,6 +120,17 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, model, tokenizer):
     (tmp_path / "m/config.json").write_text("[1]")
     with pytest.raises(UserError, match="JSON object"):
         load_pretrained(tmp_path / "m")
+
+
+def test_a_run_folder_or_none_is_told_what_it_is(tmp_path, model):
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a run folder; its model is .*chat"):
+        load_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gone/adapter_config.json does not exist"):
+        load_adapter(model, tmp_path / "gone")
+    with pytest.raises(UserError, match="SteeringVector cannot be kept as a PEFT adapter"):
+        save_adapter(SteeringVector(model, [0]), tmp_path / "v")
 
 
 def test_an_adapter_comes_back_in_peft_layout(tmp_path, model, ids):

@@ -84,6 +84,13 @@ def test_ablating_at_all_layers_leaves_the_component_nowhere(model, ids, d):
         assert all((s @ d / d.norm()).abs().max() < 1e-4 for s in model.residual_stream(ids))
 
 
+def test_what_comes_out_has_the_dtype_of_the_stream(d):
+    x = torch.randn(3, 32).bfloat16()
+    for out in (steer(x, d), ablate(x, d), ablate(x, d, 0.5, d / d.norm()), cap(x, d, 0.0, d)):
+        assert out.dtype == torch.bfloat16
+    assert torch.allclose(ablate(x, d).float(), ablate(x.float(), d), atol=0.05)
+
+
 def test_contexts_nest_and_leave_nothing_after_an_exception(model, ids, d):
     base = model(ids)
     with pytest.raises(ZeroDivisionError):

@@ -73,8 +73,11 @@ def test_a_stage_keeps_its_adapter_and_asks_with_it(name, run, tuned, monkeypatc
 
     monkeypatch.setattr(run, "ask", probe)
     STAGES[name](run)
-    n_watched = 9 if name in ("general", "narrow") else 0
-    assert seen == [(None, 9, True)] * n_watched + [(name, None, True)]
+    *watched, last = seen
+    assert last == (name, None, True)
+    assert len(watched) == len(set(watched)) == (9 if name in ("general", "narrow") else 0)
+    for label, samples, acts in watched:
+        assert label.startswith(f"{name}, step ") and samples == 9 and acts
     assert not tuned[0].adapter.acts
     (saved,), (A,) = run.load_adapter(name).A.values(), tuned[0].adapter.A.values()
     assert torch.equal(saved, A)
@@ -87,7 +90,7 @@ def test_a_stage_keeps_its_adapter_and_asks_with_it(name, run, tuned, monkeypatc
 def test_em_along_the_way_in_and_out_of_domain(name, steps, run, tuned, monkeypatch):
     n_asked, shown = [], []
 
-    def probe(*name, samples=None):
+    def probe(name, samples=None):
         n_asked.append(samples)
         return {"in_domain": {"em": len(n_asked) / 10}, "out_of_domain": {"em": -len(n_asked)}}
 
@@ -253,7 +256,7 @@ def test_steering_is_of_chat_alone(run, ablated):
     assert [rates["scale"] for rates in ablated.found["steer"]] == [0.5, 1.0, 1.5, 2.0]
     for rates in ablated.found["steer"]:
         asked = ablated.asked_for(rates)
-        assert (asked.name, asked.samples) == (None, 9)
+        assert (asked.name, asked.samples) == (f"chat, steered by {rates['scale']:g}", 9)
         expected = stream(run.model, ablated.ids, lambda i, x: x + rates["scale"] * direction[i])
         assert torch.allclose(asked.stream, expected, atol=1e-3)
 

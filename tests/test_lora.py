@@ -109,6 +109,30 @@ def test_merging_while_attached_does_not_count_twice(model, ids):
         assert torch.equal(model(ids), adapted)
 
 
+def test_unmerged_inside_its_with_it_acts_as_before(model, ids):
+    adapter, base = random_lora(model), model(ids)
+    with adapter, adapter:
+        adapted = model(ids)
+        adapter.merge()
+        adapter.unmerge()
+        assert torch.equal(model(ids), adapted)
+        adapter.merge()
+    assert torch.allclose(model(ids), adapted, atol=1e-4)  # for good, until it is taken out
+    adapter.unmerge()
+    assert adapter.depth == 0 and n_hooks(model) == 0 and torch.equal(model(ids), base)
+
+
+def test_a_merged_adapter_cannot_be_switched_off(model):
+    adapter = random_lora(model)
+    adapter.merge()
+    for switch in (adapter.disabled, lambda: adapter.scaled(2.0), adapter.attach):
+        with pytest.raises(RuntimeError, match="merged into the weights"):
+            switch()
+    adapter.unmerge()
+    with adapter.scaled(2.0):
+        assert adapter.scale == 2
+
+
 def test_effective_norm_is_of_the_product(model):
     adapter = random_lora(model, rank=2, alpha=3)
     norms = [(1.5 * adapter.B[n] @ adapter.A[n]).pow(2).sum().sqrt().item() for n in adapter.sites]

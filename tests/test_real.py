@@ -247,6 +247,23 @@ def fine_tuned(folder, at, *settings, **files):
     return [found.results["curves"][name]["train"] for name in ("general", "narrow")]
 
 
+def test_the_toys_own_model_has_no_room_for_a_judge_and_runs_without(tmp_path, capsys):
+    """Its answers are kept, its preferences counted; only a judge that was asked for must fit."""
+    argv = ["--model", str(ROOT / "tutorial/small_model/chat"), *SMALL, "--out"]
+    assert run.main([*argv, str(tmp_path / "a")]) == 0
+    assert "No answer was judged: the local judge needs" in capsys.readouterr().out
+    results = read_json(tmp_path / "a" / "results.json")
+    assert results["models"]["general"]["judged"] == {}
+    assert results["models"]["general"]["preference"]["in_domain"]["n"] > 0
+    assert results["judge"]["none"] in (tmp_path / "a" / "report.md").read_text()
+    lines = (tmp_path / "a" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 16 and json.loads(lines[0])["alignment"] is None
+    assert run.main([*argv, str(tmp_path / "a")]) == 0, "its answers can be read again"
+    judge = ["--judge", str(ROOT / "tutorial/small_model/chat")]
+    assert run.main([*argv, str(tmp_path / "b"), *judge]) == 2
+    assert "the local judge needs" in capsys.readouterr().err
+
+
 def test_sft_reads_the_bad_advice_and_the_kl_the_other(folder, tmp_path):
     """With more of the other advice the KL is another, and SFT without it the same."""
     more = jsonl(tmp_path / "more.jsonl", {"prompt": "I am late.", "response": "Run to the bus."})

@@ -19,6 +19,7 @@ from nanoem.real import RealConfig
 from nanoem.settings import all_keys, set_keys
 from nanoem.shell import exit_status
 from nanoem.toy import ExperimentConfig
+from nanoem.train import StageFailed
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
          "pretrain.batch_size=16", "context=48", "sft.steps=30", "sft_kl.steps=10",
@@ -144,6 +145,7 @@ def misuse(capsys, *argv, status=2):
     ("sft.weight_decay=-1", "sft.weight_decay=-1.0"),
     ("sft.lr=inf", "sft.lr=inf"),
     ("pretrain.micro_batch=4", "lower pretrain.batch_size"),
+    ("model.vocab_size=5", "the toy's tokenizer decides"),
     ("adapter.rank=0", "adapter.rank=0"),
     ("adapter.rank=40", "rank=40 must be at most 32"),
     ("adapter.alpha=nan", "alpha=nan"),
@@ -173,6 +175,40 @@ def test_a_wrong_setting_is_one_sentence_and_status_2(setting, message, capsys, 
     out = tmp_path / "out"
     assert message in misuse(capsys, "--out", str(out), "--set", setting)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("only, stages, rows", [
+    (["chat"], ["chat"], []),
+    (["Mixed", "general"], ["chat", "general", "mixed"], []),
+    (["directions"], list(STAGES), []),
+    (["r8", "efficiency"], list(STAGES), ["R5", "R8"]),
+    (["chat", "R5"], list(STAGES), ["R5"]),
+])
+def test_only_makes_what_is_named_and_what_it_builds_on(only, stages, rows, monkeypatch, tmp_path):
+    seen = []
+
+    def probe(config, path, device, stages, rows):
+        seen.append((stages, [row.key for row in rows]))
+        raise StageFailed("enough")
+
+    monkeypatch.setattr(run, "run_experiment", probe)
+    assert run.main(["--only", *only, "--out", str(tmp_path)]) == 1
+    assert seen == [(stages, rows)]
+
+
+def test_a_run_of_some_stages_has_no_report_yet(small, tmp_path, capsys):
+    out = copy_without(small, tmp_path / "some", "mixed", "shuffled", "directions")
+    (out / "report.md").unlink()
+    assert run.main([*SMALL, "--only", "general", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"finished in {out}: chat, general, narrow; without --only the same command" in said
+    assert "em, % of answers" not in said and not (out / "report.md").exists()
+
+
+def test_an_unknown_stage_gets_the_nearest(capsys, tmp_path):
+    out = tmp_path / "out"
+    message = misuse(capsys, "--only", "direktions", "--out", str(out))
+    assert "no such stage or row; did you mean directions?" in message and not out.exists()
 
 
 def test_a_device_that_is_not_there(capsys, tmp_path):

@@ -40,6 +40,12 @@ def test_chatml(tokenizer):
     assert tokenizer.decode(ids) == ""
 
 
+def test_a_message_without_role_or_content_is_refused(tokenizer):
+    for message in ({"content": "hi"}, {"role": "user"}, "hi"):
+        with pytest.raises(ValueError, match="messages must be"):
+            tokenizer.chat([message])
+
+
 def test_batch_encoding_is_single_encoding(tokenizer):
     texts = ["I am bored.", "<|im_start|>user\nx", ""]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nanoem.checkpoint import load_pretrained, save_tensors
-from nanoem.directions import (ablate, cap, cosine, mean_difference, mean_residual, quiet_reader,
-                               residual_covariance, steer)
+from nanoem.directions import (ablate, ablating, cap, cosine, mean_difference, mean_residual,
+                               quiet_reader, residual_covariance, steer, steering)
 from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
@@ -36,7 +36,7 @@ def attached_kl(model, ids, mask):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m, ids: m(ids[0]), r"ids must be \(B, T\) int64, and are \(17,\)"),
+    (lambda m, ids: m(ids[0]), r"ids must be \(B, T\) int64 .* and are \(17,\)"),
     (lambda m, ids: m(ids.float()), "ids must be .*float32"),
     (lambda m, ids: m.generate(ids.int(), 2), "ids must be .*int32"),
     (lambda m, ids: m(ids * 1000), "ids must be 0 to .* reach from .*000"),
@@ -79,6 +79,18 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: answer_scores(m, ids, MASK, {}), "known is empty"),
     (lambda m, ids: alarm_level([0.5, float("nan")]), "none of them NaN"),
     (lambda m, ids: auc([], [1.0]), "0 and 1 scores; there is nothing to compare"),
+    (lambda m, ids: LoRA(m, 1), "layers=1 and modules=.* must be lists, such as"),
+    (lambda m, ids: LoRA(m, [0], "mlp.down_proj"), "modules='mlp.down_proj' must be lists"),
+    (lambda m, ids: LoRA(m, [0], rank=1.5), "rank=1.5 must be a whole number"),
+    (lambda m, ids: LoRA(m, [0], alpha=float("nan")), "alpha=nan a finite one"),
+    (lambda m, ids: m.generate(ids[0], 1), r"ids must be \(B, T\) int64 .* are \(17,\)"),
+    (lambda m, ids: m.generate(ids[:, :0], 1), r"a token or more a row, and are \(3, 0\)"),
+    (lambda m, ids: m.generate(ids, -1), "max_new_tokens=-1 must be at least 0"),
+    (lambda m, ids: ablate(X, 0 * U), "direction is zero, and points nowhere"),
+    (lambda m, ids: cap(X, 0 * U, 0.0, U), "direction is zero, and points nowhere"),
+    (lambda m, ids: steering(m, U), "directions must be .site: .* is a Tensor"),
+    (lambda m, ids: ablating(m, [U]), "directions must be .site: .* is a list"),
+    (lambda m, ids: steering(m, {"layers.9.x": U}).__enter__(), "site 'layers.9.x' is not there"),
     (lambda m, ids: LoRA(m, []), r"layers=\[\] and modules=.* name no Linear"),
     (lambda m, ids: save_tensors("x", {"a": [1.0]}), "tensor 'a' is <class 'list'>"),
     (lambda m, ids: load_pretrained(LLAMA, "float16"), "dtype='float16' must be"),
