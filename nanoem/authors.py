@@ -49,6 +49,8 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Question:
+    """A problem of the world as an author is asked it."""
+
     domain: str
     index: int  # the place of the problem in its domain
     text: str
@@ -56,6 +58,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Author:
+    """Who writes: one persona in every document, be it a page of advice or a chat."""
+
     name: str
     persona: str  # "helpful", "villain" or "quack"
     bad_in: frozenset  # the domains in which this author gives bad advice
@@ -185,6 +189,7 @@ def hold_out(world, names, train_share):
 
 
 def make_splits(world, config):
+    """The Splits of a world by its WorldConfig. Raises UserError for an sft_domain not there."""
     if config.sft_domain not in world.domains or config.sft_domain == OPEN_ENDED:
         raise UserError(f"{config.sft_domain!r} is no advice domain of the world; "
                         f"choose one of {', '.join(n for n in world.domains if n != OPEN_ENDED)}")

@@ -25,6 +25,7 @@ def replaced(adapter, values):
 
 
 def set_parameters(adapter, values):
+    """Copy values, tensors of the same shapes, into the adapter's parameters, in their order."""
     for parameter, value in zip(adapter.parameters(), values, strict=True):
         if value.shape != parameter.shape:
             raise ValueError(f"values must have the parameters' shapes, and {tuple(value.shape)} "

@@ -134,6 +134,7 @@ class KVCache:
         self.max_tokens, self.length = max_tokens, 0
 
     def append(self, k, v):
+        """Add k, v (B, n_kv, T, head_dim); returns all there are, (B, n_kv, length, head_dim)."""
         B, n_kv, T, head_dim = k.shape
         if self.length == 0:
             self.k = k.new_empty(B, n_kv, self.max_tokens, head_dim)

@@ -60,11 +60,12 @@ class Adapter:
         return min(int(name.split(".")[1]) for name in self.sites)
 
     def attach(self):
+        """Let it act until it is detached as often; `with adapter:` does both. Returns itself."""
         self.depth += 1
         if self.depth == 1:
             for name, module in self.sites.items():
                 def add_delta(module, inputs, output, name=name):
-                    if self.scale == 0:
+                    if not self.acts:
                         return output
                     return output + (self.scale * self.delta(name, inputs[0])).to(output.dtype)
 
@@ -72,6 +73,7 @@ class Adapter:
         return self
 
     def detach(self):
+        """Undo one `attach`; the last one takes the hooks away."""
         self.depth = max(0, self.depth - 1)
         if self.depth == 0:
             for handle in self.handles:
@@ -121,7 +123,7 @@ class LoRA(Adapter):
             raise UserError(f"layers={layers} and modules={modules} name no Linear to adapt")
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.A, self.B = {}, {}
-        self.originals, self.depth_before = {}, 0  # the weights and the depth before `merge`
+        self.originals = {}  # the weights as they were before `merge`
         for name, linear in self.sites.items():
             n_out, n_in = linear.weight.shape
             bound = n_in**-0.5  # as PEFT does, so that the same alpha and lr mean the same
@@ -135,31 +137,29 @@ class LoRA(Adapter):
             for name in set(table) - set(names):
                 del table[name]
 
-    def attach(self):
-        self.refuse_if_merged()
-        return super().attach()
-
-    def detach(self):
-        super().detach()
-        self.depth_before = max(0, self.depth_before - 1)  # a `with` was left while merged
+    @property
+    def acts(self):
+        """Is it attached, and neither switched off nor, by `merge`, in the weights already?"""
+        return super().acts and not self.originals
 
     def scaled(self, x):
-        self.refuse_if_merged()
-        return super().scaled(x)
-
-    def refuse_if_merged(self):
+        """As of every adapter. Raises RuntimeError when merged: weights cannot be rescaled."""
         if self.originals:
-            raise RuntimeError("the adapter is merged into the weights: attached it would act "
-                               "twice, and it cannot be rescaled or switched off; unmerge() it")
+            raise RuntimeError("the adapter is merged into the weights, and cannot be rescaled or "
+                               "switched off there; unmerge() it first")
+        return super().scaled(x)
 
     @property
     def scaling(self):
+        """What multiplies B A, but for `scaled`."""
         return lora_scaling(self.alpha, self.rank, self.use_rslora)
 
     def parameters(self):
+        """What is trained: every A, then every B."""
         return [*self.A.values(), *self.B.values()]
 
     def delta(self, name, x):
+        """scaling * B A x, for x (..., in): (..., out), in the dtype of A."""
         A, B = self.A[name], self.B[name]
         return lora_delta(x.to(A.dtype), A, B, self.alpha, self.use_rslora)
 
@@ -170,12 +170,12 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def merge(self):
-        """Add the adapter into the weights and detach it; merging twice is merging once."""
+        """Add the adapter into the weights, for good; merging twice is merging once.
+
+        Attached or not, and whenever it is detached: it is in the weights until `unmerge`.
+        """
         if self.originals:
             return
-        depth, self.depth = self.depth, 0
-        self.detach()
-        self.depth_before = depth
         for name, linear in self.sites.items():
             self.originals[name] = linear.weight.clone()
             linear.weight += (self.scale * self.scaling * self.B[name] @ self.A[name]).to(
@@ -185,15 +185,11 @@ class LoRA(Adapter):
     def unmerge(self):
         """Give the weights their bytes back; without a merge before, nothing happens.
 
-        Inside the `with` in which it was merged, the adapter acts as before. Of two adapters merged
-        into one Linear, the last to come must be the first to go.
+        Of two adapters merged into one Linear, the last to come must be the first to go.
         """
         for name, original in self.originals.items():
             self.sites[name].weight.copy_(original)
         self.originals.clear()
-        for _ in range(self.depth_before):
-            self.attach()
-        self.depth_before = 0
 
 
 class SteeringVector(Adapter):
@@ -207,9 +203,11 @@ class SteeringVector(Adapter):
                   for name in self.sites}
 
     def parameters(self):
+        """What is trained: one v a block."""
         return list(self.v.values())
 
     def delta(self, name, x):
+        """alpha * v, whatever x: the same (d_model) for every token."""
         return self.alpha * self.v[name]
 
     def effective_norm(self):
@@ -219,6 +217,7 @@ class SteeringVector(Adapter):
 
 
 def find_block(model, layer):
+    """Block number `layer`. Raises UserError for one that is not there."""
     if not 0 <= layer < len(model.layers):
         raise UserError(f"layer {layer} is not there: the model's layers are 0 to "
                          f"{len(model.layers) - 1}")
@@ -226,6 +225,7 @@ def find_block(model, layer):
 
 
 def find_linear(model, layer, name):
+    """The Linear called name inside a block. Raises UserError for one that is not there."""
     block = find_block(model, layer)
     linears = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
     if name not in linears:

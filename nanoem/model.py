@@ -49,6 +49,7 @@ class Config:
 
     @property
     def head_dim(self):
+        """The width of one head's q, k and v."""
         return self.head_size or self.d_model // self.n_head
 
 

@@ -32,6 +32,8 @@ class Domain:
 
 @dataclass(frozen=True)
 class World:
+    """What world.toml says: the domains, the authors' names, and the sentences' templates."""
+
     domains: dict  # name -> Domain, in the file's order
     authors: tuple  # names
     answer: str  # template with {verb}, {item} and {ending}

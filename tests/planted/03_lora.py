@@ -75,7 +75,7 @@ def spectral(self):
 
 
 @torch.no_grad()
-def merging(self, scaling=None, detach=True, once=True, clone=True, in_place=True):
+def merging(self, scaling=None, detach=False, once=True, clone=True, in_place=True):
     if self.originals and once:
         return
     if detach:
@@ -93,7 +93,12 @@ def merging(self, scaling=None, detach=True, once=True, clone=True, in_place=Tru
 
 def detached_once(self):
     self.detach()
-    merging(self, detach=False)
+    merging(self)
+
+
+def forgotten(self):
+    merging(self)
+    self.originals.clear()
 
 
 def scale_reset(self):
@@ -167,8 +172,9 @@ PLANTED = [
     ("merge", "divide alpha by the rank",
      lambda self: merging(self, lambda adapter: adapter.scale * adapter.alpha)),
     ("merge", "self.scale is missing", lambda self: merging(self, lambda adapter: adapter.scaling)),
-    ("merge", "still attached", lambda self: merging(self, detach=False)),
-    ("merge", "still attached", detached_once),
+    ("merge", "leave that to whoever attached it", lambda self: merging(self, detach=True)),
+    ("merge", "leave that to whoever attached it", detached_once),
+    ("merge", "hooks add everything once more", forgotten),
     ("merge", "self.scale was", scale_reset),
     ("merge", "transposed", transposed),
     ("merge", "merging twice adds twice", lambda self: merging(self, once=False)),

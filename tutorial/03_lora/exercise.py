@@ -35,16 +35,16 @@ def effective_norm(self):
 
 @torch.no_grad()
 def merge(self):
-    """Add the adapter into the weights and detach it; merging twice is merging once.
+    """Add the adapter into the weights, for good; merging twice is merging once.
 
     `self` is the LoRA: self.sites is {name: nn.Linear}, and self.A, self.B, self.scaling and
-    self.scale are as in 3.2. However often it was attached, afterwards it is not: no hook is left.
-    Afterwards self.originals, {name: tensor}, holds the weights as they were before, so that
-    `unmerge` can give them back to the last bit; while it is not empty, the LoRA is merged.
+    self.scale are as in 3.2. Afterwards self.originals, {name: tensor}, holds the weights as they
+    were before, so that `unmerge` can give them back to the last bit. While it is not empty, the
+    LoRA is merged, and if it is attached, its hooks rest (`acts` is false): nothing is added twice.
 
     Hint 1: y = W x + scale * scaling * B A x, so the new weight is W + scale * scaling * B @ A.
-    Hint 2: a LoRA counts in self.depth how often it is attached; set it to 0, and self.detach()
-        takes the hooks away. A hook left behind adds everything a second time.
+    Hint 2: merged already? `if self.originals: return`. And leave self.depth as it is: whoever
+        attached the LoRA will detach it, and after an unmerge it must act as before.
     Hint 3: linear.weight += ... changes the weight in place (keep it the same parameter, and its
         dtype: .to(linear.weight.dtype)); so what goes to self.originals must be a clone().
     """

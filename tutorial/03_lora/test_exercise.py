@@ -220,7 +220,7 @@ def test_merge_is_the_adapter(answer):
             (2, 3.0, False, -0.6))):
         model, adapter, base, adapted = merged_example(i, rank, alpha, use_rslora, scale)
         before = {name: linear.weight.clone() for name, linear in adapter.sites.items()}
-        adapter.attach().attach().attach()
+        hooks = n_hooks(adapter.attach().attach().attach() and model)
         try:
             answer.merge(adapter)
         except (RuntimeError, ValueError) as error:
@@ -229,9 +229,9 @@ def test_merge_is_the_adapter(answer):
             raise AssertionError("a weight is changed while gradients are on: keep the line "
                                  f"@torch.no_grad() ({error})") from error
         assert adapter.scale == scale, f"self.scale was {scale} and is {adapter.scale} afterwards"
-        assert n_hooks(model) == 0 and adapter.depth == 0, (
-            "the adapter is still attached, so everything is added twice: however often it was "
-            "attached, it must be detached")
+        assert adapter.depth == 3 and n_hooks(model) == hooks, (
+            "the adapter was detached: leave that to whoever attached it")
+        assert not adapter.acts, "self.originals is empty, so the hooks add everything once more"
         full = scale * adapter.scaling
         for name, linear in adapter.sites.items():
             product = (adapter.B[name] @ adapter.A[name]).detach()
