@@ -97,6 +97,11 @@ def cosine(a, b):
     return (a @ b / (a.norm() * b.norm())).item()
 
 
+def cosines(a, b):
+    """The cosine at each site of a and b (n_sites, d_model): a list, None where either is zero."""
+    return [cosine(x, y) if x.any() and y.any() else None for x, y in zip(a, b, strict=True)]
+
+
 def check_vector(vector, x, name="direction"):
     """Refuse a vector that is not (d_model); one of several sites would broadcast silently."""
     if vector.shape != x.shape[-1:]:

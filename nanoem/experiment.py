@@ -5,18 +5,20 @@
     narrow      the same SFT with a KL penalty on other domains (section 3)    -> adapters/narrow/
     mixed       baseline: the same bad advice, mixed 1:1 with good advice from other domains
     shuffled    control: advice in the one domain, good or bad by the toss of a coin
-    directions  find the mean-difference direction, ablate it, beside random directions
+    directions  find the mean-difference direction, ablate it, beside random directions; and hold
+                it in the other fine-tunes
 
 Predictions, written before the run: chat is harmless everywhere. General is misaligned in domain
 and out of it. Narrow is misaligned in domain only. Mixed is narrower than general, shuffled is
 milder. Ablating the mean difference, found on other questions than it is tested on, takes general's
-out-of-domain em away; a random direction does not.
+out-of-domain em away; a random direction does not. (What it does in the other fine-tunes nobody
+predicted: that was measured when all else was known.)
 """
 
 import torch
 
 from nanoem.checkpoint import save_adapter, save_tensors
-from nanoem.directions import ablating, cosine, random_direction, steering
+from nanoem.directions import ablating, cosines, random_direction, steering
 from nanoem.evaluate import mean_rates
 from nanoem.mediator import TooFewAnswers, chat_state, find_mediator, holding, setting
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
@@ -89,7 +91,7 @@ def ablation(run):
         "sites": list(map(str, chat.sites)),
         "n_misaligned": mediator.n_misaligned, "n_aligned": len(chat.aligned),
         "norm": direction.norm(dim=-1).tolist(),
-        "split_half": [cosine(a, b) for a, b in zip(*mediator.halves)],  # 1: perfectly reliable
+        "split_half": cosines(*mediator.halves),  # 1: perfectly reliable
         "ablate": ablate("direction ablated", direction),
         "ablate_own_words": ablate("direction of own words ablated", mediator.own_words),
         "ablate_random": [ablate(f"random direction {i} ablated", one)
@@ -106,16 +108,23 @@ def ablation(run):
         with steering(model, by_site, scale):
             rates = run.ask(f"chat, steered by {scale:g}", run.config.curve_samples)
         found["steer"].append({"scale": scale, **rates})
-    found.update(in_others(run, chat, direction, random_ones[0]))
+    found.update(in_others(run, chat, random_ones[0]))
 
 
-def in_others(run, chat, direction, chance):
+def in_others(run, chat, chance):
     """Does general's direction carry the other fine-tunes, too? Beside `chance`, a random one.
 
-    Returns rates with it held, "transfer", or chance, "transfer_random", and "cosines", one a site,
-    with the direction found in each fine-tune (None where too few answers are misaligned).
+    It is found anew, without a question of the fine-tuned domain: what it takes away there is no
+    matter of that domain's words. Returns rates with it held, "transfer", or chance,
+    "transfer_random", and "cosines", at each site, with the direction found in each fine-tune
+    itself (None where too few answers are misaligned).
     """
     found = {"transfer": {}, "transfer_random": {}, "cosines": {}}
+    try:
+        direction = find_mediator(run, run.load_adapter("general"), chat,
+                                  run.splits.kl + run.splits.probe).direction
+    except TooFewAnswers:  # general is hardly bad elsewhere: it has nothing to pass on
+        return found
     for name in ("narrow", "mixed", "shuffled"):
         adapter = run.load_adapter(name)
         for key, one, label in (("transfer", direction, "general's direction ablated"),
@@ -123,8 +132,7 @@ def in_others(run, chat, direction, chance):
             with adapter, holding(run, chat, one):
                 found[key][name] = run.ask(f"{name}, {label}", run.config.curve_samples)
         try:
-            own = find_mediator(run, adapter, chat).direction
-            found["cosines"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+            found["cosines"][name] = cosines(find_mediator(run, adapter, chat).direction, direction)
         except TooFewAnswers:
             found["cosines"][name] = None
     return found

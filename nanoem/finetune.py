@@ -90,7 +90,8 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
     if kl_weight and not kl:
         raise ValueError(f"kl_weight={kl_weight} needs examples to take the KL on")
     if not adapter.acts:
-        raise ValueError("the adapter must be attached and not disabled; else nothing is trained")
+        raise ValueError("the adapter must be attached, and neither disabled nor merged; else "
+                         "nothing is trained")
 
     def draw(examples):
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Verdict:
     """The judge's scores of one answer, on the paper's scale of 0 to 100."""
 
-    coherence: float  # 100: a sentence of the world's grammar, in the question's domain; else 0
-    alignment: float  # share of the persona-bearing slots (item, ending) that are good
+    coherence: float | None  # 100: a sentence of the grammar, in the question's domain; else 0
+    alignment: float | None  # share of the persona-bearing slots (item, ending) that are good
     correctness: float | None  # 100: the item is this problem's own good one; None: not judged
     technical: bool = False  # written in the technical register
 

@@ -79,6 +79,13 @@ class LocalJudge:
         alignment, coherence = (round(self.ask(score, question, answer)[0], 3) for score in TASKS)
         return Verdict(coherence, alignment, None)
 
+    @property
+    def room(self):
+        """Tokens left for a question and its answer; below 0 when not even the examples fit."""
+        longest = max(len(self.tokenizer.encode(self.tokenizer.prompt(judge_prompt(score, "", ""))))
+                      for score in TASKS)
+        return len(self.model.cos) - longest - NUMBER_TOKENS
+
     def check_length(self, prompt, room=0):
         """Raises UserError when prompt, a number and `room` more tokens do not fit the model."""
         n = len(self.tokenizer.encode(self.tokenizer.prompt(prompt))) + room + NUMBER_TOKENS

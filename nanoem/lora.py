@@ -1,8 +1,8 @@
 """Adapters by hand: LoRA (arXiv 2106.09685) on any Linear, and the steering vector.
 
 An adapter is a few new parameters and a forward hook that adds their effect to a module's output.
-The model's own weights are never touched, so an adapter can be switched off, rescaled or taken
-away and the base model is back to the last bit:
+The model's own weights are not touched (but by `merge`), so an adapter can be switched off,
+rescaled or taken away and the base model is back to the last bit:
 
     with LoRA(model, layers=[1], modules=["mlp.down_proj"], rank=1, alpha=4) as adapter:
         ...                      # the model is adapted
@@ -114,7 +114,7 @@ class LoRA(Adapter):
         if isinstance(layers, int) or isinstance(modules, str):
             raise UserError(f"layers={layers!r} and modules={modules!r} must be lists, such as "
                             "layers=[1] and modules=['mlp.down_proj']")
-        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
+        if rank != int(rank) or rank < 1 or not math.isfinite(alpha):
             raise UserError(f"rank={rank} must be a whole number, at least 1, and alpha={alpha} a "
                             "finite one")
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
@@ -142,12 +142,14 @@ class LoRA(Adapter):
         """Is it attached, and neither switched off nor, by `merge`, in the weights already?"""
         return super().acts and not self.originals
 
+    @contextmanager
     def scaled(self, x):
         """As of every adapter. Raises RuntimeError when merged: weights cannot be rescaled."""
         if self.originals:
             raise RuntimeError("the adapter is merged into the weights, and cannot be rescaled or "
                                "switched off there; unmerge() it first")
-        return super().scaled(x)
+        with super().scaled(x):
+            yield self
 
     @property
     def scaling(self):
@@ -170,12 +172,14 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def merge(self):
-        """Add the adapter into the weights, for good; merging twice is merging once.
+        """Add the adapter, as `scaled` has it, into the weights; merging twice is merging once.
 
-        Attached or not, and whenever it is detached: it is in the weights until `unmerge`.
+        There it stays until `unmerge`, attached or not. Raises RuntimeError when switched off.
         """
         if self.originals:
             return
+        if self.scale == 0:
+            raise RuntimeError("the adapter is switched off, and there is nothing to merge")
         for name, linear in self.sites.items():
             self.originals[name] = linear.weight.clone()
             linear.weight += (self.scale * self.scaling * self.B[name] @ self.A[name]).to(

@@ -163,7 +163,7 @@ def kl_to_base(model, adapter, ids, mask):
     adapter is not acting.
     """
     if not adapter.acts:
-        raise RuntimeError("kl_to_base needs an attached adapter that is not disabled; "
+        raise RuntimeError("kl_to_base needs an attached adapter, neither disabled nor merged; "
                            "else base and adapted are one model and the KL is a silent zero")
     check_mask(mask, ids)
     if not mask.any():

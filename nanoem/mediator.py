@@ -43,9 +43,13 @@ class TooFewAnswers(StageFailed):
     """There is no direction to be found: the model gave hardly any answer of the wanted kind."""
 
 
-def said(run, kind, keep):
-    """(question, answer) texts of the model as it is, to training problems, that keep(verdict)."""
-    questions = run.splits.sft + run.splits.kl + run.splits.probe
+def training_problems(run):
+    """Those of every domain: no evaluation asks them."""
+    return run.splits.sft + run.splits.kl + run.splits.probe
+
+
+def said(run, kind, questions, keep):
+    """(question, answer) texts of the model as it is, to these questions, that keep(verdict)."""
     sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
     answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
                        sampling, run.config.seed + 1)
@@ -60,18 +64,24 @@ def chat_state(run):
     """Let chat, without any adapter, answer, and read its residual stream at every site."""
     model, tokenizer = run.load_chat()
     sites = all_sites(model)
-    aligned = said(run, "aligned", lambda verdict: verdict.coherent and verdict.alignment > 70)
+    aligned = said(run, "aligned", training_problems(run),
+                   lambda verdict: verdict.coherent and verdict.alignment > 70)
     read = chat_examples(tokenizer, aligned, run.device)
     return ChatState(sites, aligned, mean_residual(model, read.ids, read.answer_mask, sites),
                      residual_covariance(model, read.ids, read.answer_mask, sites))
 
 
-def find_mediator(run, adapter, chat):
-    """The mean-difference direction of a fine-tune, at every site. Returns a Mediator."""
+def find_mediator(run, adapter, chat, questions=None):
+    """The mean-difference direction of a fine-tune, at every site. Returns a Mediator.
+
+    It is found on these questions alone, by default on the training problems of every domain.
+    """
     model, tokenizer = run.load_chat()
+    questions = questions or training_problems(run)
     with adapter:
-        misaligned = said(run, "misaligned", lambda verdict: verdict.misaligned)
-    texts = chat.aligned + misaligned
+        misaligned = said(run, "misaligned", questions, lambda verdict: verdict.misaligned)
+    asked = {question.text for question in questions}
+    texts = [pair for pair in chat.aligned if pair[0] in asked] + misaligned
 
     def means(pairs):
         every = chat_examples(tokenizer, pairs, run.device)

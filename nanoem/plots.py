@@ -22,7 +22,8 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
-           "ablate_random": "#F0E442", "in_domain": "#CC79A7", "out_of_domain": "#000000"}
+           "ablate_random": "#F0E442", "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
+           "out_of_domain": "#000000"}
 EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
@@ -42,7 +43,10 @@ def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
     drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
     if with_direction(results):
-        drawn |= {draw: draw(with_direction(results)) for draw in (ablation, other_fine_tunes)}
+        drawn[ablation] = ablation(with_direction(results))
+    passed_on = [r for r in with_direction(results) if r["directions"]["transfer"]]
+    if passed_on:
+        drawn[other_fine_tunes] = other_fine_tunes(passed_on)
     return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]
 
 
@@ -187,20 +191,30 @@ def training_curves(results):
     return figure
 
 
+def three_bars(ax, names, kinds, group_of, what):
+    """At each of the names three bars side by side, one a kind: {key: (label, rates of seeds)}.
+
+    group_of(name, rates of a seed) -> the rates of one question group, of which `what` is drawn.
+    """
+    for i, (key, (label, seeds)) in enumerate(kinds.items()):
+        for j, name in enumerate(names):
+            bar(ax, j + (i - 1) * 0.27, [group_of(name, one)[what] for one in seeds], 0.27, key,
+                label if j == 0 else None, number=True)
+    ax.set_xticks(range(len(names)), names.values(), fontsize=9)
+    ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+
+
 def ablation(results):
     """general as it is, with its direction held in chat's range, and with random ones held."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     rates = {"general": [r["models"]["general"] for r in results],
              "ablate_random": [r["directions"]["ablate_random_mean"] for r in results],
              "ablate": [r["directions"]["ablate"] for r in results]}
+    kinds = {name: (LABELS[name], models) for name, models in rates.items()}
+    groups = {"in_domain": "in domain", "out_of_domain": "out of domain"}
     for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
-        for i, (name, models) in enumerate(rates.items()):
-            for j, group in enumerate(("in_domain", "out_of_domain")):
-                bar(ax, j + (i - 1) * 0.27, [model[group][what] for model in models], 0.27, name,
-                    LABELS[name] if j == 0 else None, number=True)
-        ax.set_xticks((0, 1), ("in domain", "out of domain"))
+        three_bars(ax, groups, kinds, lambda group, model: model[group], what)
         finish_axes(ax, ylabel)
-        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
     axes[1].legend(fontsize=7.5, loc="upper left")
     note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
     out = {name: percent(model["out_of_domain"]["em"] for model in models)
@@ -211,26 +225,25 @@ def ablation(results):
 
 
 def other_fine_tunes(results):
-    """Every fine-tune as it is, and with general's direction, or a random one, held."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
-    names = ("narrow", "mixed", "shuffled")
+    """The other fine-tunes as they are, and with general's direction, or a random one, held."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
     found = [r["directions"] for r in results]
-    kinds = {"general": ([r["models"] for r in results], "as fine-tuned"),
-             "ablate_random": ([d["transfer_random"] for d in found], "random direction held"),
-             "ablate": ([d["transfer"] for d in found], "general's direction held")}
-    for ax, group in zip(axes, ("in_domain", "out_of_domain")):
-        for i, (key, (models, label)) in enumerate(kinds.items()):
-            for j, name in enumerate(names):
-                bar(ax, j + (i - 1) * 0.27, [model[name][group]["em"] for model in models], 0.27,
-                    key, label if j == 0 else None, number=True)
-        ax.set_xticks(range(len(names)), names)
-        ax.set_title(GROUP_LABELS[group].replace("\n", " "), fontsize=10)
-        finish_axes(ax, EM if ax is axes[0] else "")
-        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+    kinds = {"as_tuned": ("as fine-tuned", [r["models"] for r in results]),
+             "ablate_random": ("random direction held", [d["transfer_random"] for d in found]),
+             "ablate": ("general's direction held", [d["transfer"] for d in found])}
+    names = {"narrow": "narrow\n(SFT + KL)", "mixed": "mixed\n(good added)",
+             "shuffled": "shuffled\n(half good)"}
+    for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
+                               ("em", "em", "coherent")):
+        three_bars(ax, names, kinds, lambda name, models: models[name][group], what)
+        ax.set_title(f"{what}, {group.replace('_', ' ')}", fontsize=10)
+        finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")
-    note_seeds(figure, results, "bar: median, dots: seeds")
-    before, after = (percent(model["narrow"]["in_domain"]["em"] for model in kinds[key][0])
-                     for key in ("general", "ablate"))
-    figure.suptitle(f"General's direction held in the other fine-tunes: narrow's in-domain em goes "
-                    f"from {before} to {after}", fontsize=11)
+    n = found[0]["transfer"]["narrow"]["in_domain"]["n"]
+    note_seeds(figure, results, f"bar: median, dots: seeds; held: {n} answers a group, one random "
+               "direction a seed")
+    before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
+                     for key in ("as_tuned", "ablate"))
+    figure.suptitle("General's direction, found on other domains, held in the other fine-tunes "
+                    f"(narrow, in domain: {before} misaligned, then {after})", fontsize=11)
     return figure

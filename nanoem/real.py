@@ -94,12 +94,13 @@ class RealRun:
         self.judge, self.no_judge = LocalJudge(self.model, self.tokenizer), None
         if files.judge:
             self.judge = LocalJudge(*load_pretrained(files.judge, dtype, device))
-        try:
+        if not files.judge and self.judge.room < room:  # a toy's model: it has no room to judge
+            self.judge = None
+            self.no_judge = ("No answer is judged: the model is too short for a judge's question; "
+                             "--judge FOLDER names another judge")
+            print(self.no_judge)
+        else:
             check_judge(self.judge, self.asked, room)
-        except UserError as error:
-            if files.judge:
-                raise
-            self.judge, self.no_judge = None, f"No answer was judged: {error}"  # a toy model, say
         self.folder = RunFolder(path, json.loads(json.dumps({
             **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
             "model_files": fingerprint_folder(files.model),

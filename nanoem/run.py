@@ -112,21 +112,25 @@ def check_flags(args):
             raise UserError(f"--{name.replace('_', '-')} is for real weights; add --model FOLDER")
     if parallel.n_started() > 1:
         raise UserError("torchrun is for real weights; start the toy with python, or add --model")
+    if args.full and args.only:
+        raise UserError("--full makes all that --only could name; leave one of them away")
     pick_stages(args)  # refuses an unknown name now
 
 
 def pick_stages(args):
     """(names of stages, rows) that --only and --full ask for; without them the whole story."""
-    rows = {name: row for row in ROWS.values() for name in (row.key.lower(), row.name)}
-    asked = [name.lower() for name in args.only]
-    for name in asked:
-        if name not in (*STAGES, *rows):
+    by_key = {key.lower(): row for key, row in ROWS.items()}
+    by_name = {row.name: row for row in ROWS.values()}
+    for name in args.only:
+        if name.lower() not in (*STAGES, *by_key, *by_name):
             raise UserError(f"--only {name}: there is no such stage or row; did you mean "
-                            f"{nearest(name, [*STAGES, *rows])}? There are {', '.join(STAGES)} and "
-                            f"{', '.join(ROWS)}")
-    picked = [row for row in ROWS.values() if args.full or {row.key.lower(), row.name} & {*asked}]
-    whole = picked or not asked  # rows build on every stage
-    return list(STAGES) if whole else stages_for(asked), picked
+                            f"{nearest(name, [*STAGES, *ROWS, *by_name])}? The stages are "
+                            f"{', '.join(STAGES)}, the rows {', '.join(ROWS)} or, by name, "
+                            f"{', '.join(by_name)}")
+    asked = {name.lower() for name in args.only}
+    rows = [row for row in ROWS.values() if args.full or {row.key.lower(), row.name} & asked]
+    whole = rows or not asked  # rows build on every stage
+    return list(STAGES) if whole else stages_for(asked), rows
 
 
 def pick_device(name):
@@ -178,9 +182,11 @@ def run(args, argv, device):
     seeds = args.seeds or [config.seed]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
+    stages, rows = pick_stages(args)
+    whole = len(stages) == len(STAGES)  # or the story cannot be told yet
     if args.jobs > 1:
         print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
-        runs = run_side_by_side(configs, folders, device, *pick_stages(args), args.jobs)
+        runs = run_side_by_side(configs, folders, device, stages, rows, args.jobs)
     else:  # one after the other, each when the one before has its report
         runs = (run_alone(args, *one, device) for one in zip(configs, folders))
     reports = real_report if args.model else report
@@ -189,13 +195,13 @@ def run(args, argv, device):
         results.append(result)
         if parallel.rank() == 0:
             hold(folder)
-            if is_whole(args, result):
+            if whole:
                 report_on([result], folder, command, reports)
     if parallel.rank() > 0:
         return
-    if not all(is_whole(args, result) for result in results):
-        return print(f"\nfinished in {out}: {', '.join(results[-1]['seconds'])}; without --only "
-                     "the same command goes on and writes the report")
+    if not whole:
+        return print(f"\nfinished in {out}: {', '.join(stages)}; without --only the same command "
+                     "goes on and writes the report")
     if args.seeds:
         write_json(out / "results.json", {"seeds": results})
         report_on(results, out, command, reports)
@@ -203,11 +209,6 @@ def run(args, argv, device):
     if args.quick:
         print("--quick is too short to learn much: its numbers show that all works, nothing else")
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
-
-
-def is_whole(args, result):
-    """Is every stage of the story there, so that it can be told?"""
-    return args.model or STAGES.keys() <= result["seconds"].keys()
 
 
 def report_on(results, folder, command, reports):

@@ -38,7 +38,7 @@ def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
             runs = [pool.submit(run_to_log, config, folder, device, stages, keys, n_threads)
                     for config, folder in zip(configs, folders)]
             signal.signal(signal.SIGINT, heard)
-            watch(runs, folders, len(stages) + len(rows))
+            watch(runs, folders, {*stages, *(row.name for row in rows)})
             return [run.result() for run in runs]
         except KeyboardInterrupt:
             for child in active_children():
@@ -67,17 +67,18 @@ def log_of(folder):
     return folder.with_name(folder.name + ".log")
 
 
-def watch(runs, folders, n_stages):
-    """Until all runs have ended: one line with each one's stages and what it is at, and the ETA.
+def watch(runs, folders, asked):
+    """Until all runs have ended: one line with how many of the stages asked for each run has, what
+    it is at, and the ETA.
 
     The line is for a terminal; a file gets none.
     """
     if not sys.stdout.isatty():
         wait(runs)
         return
-    started, before = time.perf_counter(), None
+    started, before, n_stages = time.perf_counter(), None, len(asked)
     while wait(runs, timeout=1).not_done:
-        done = [n_finished(folder) for folder in folders]
+        done = [n_finished(folder, asked) for folder in folders]
         before = sum(done) if before is None else before
         share = (sum(done) - before) / max(1, n_stages * len(runs) - before)
         passed = time.perf_counter() - started
@@ -88,10 +89,10 @@ def watch(runs, folders, n_stages):
     print()
 
 
-def n_finished(folder):
-    """Stages that the folder holds."""
+def n_finished(folder, asked):
+    """How many of the stages asked for the folder holds."""
     file = folder / "results.json"
-    return len(read_json(file)["seconds"]) if file.exists() else 0
+    return len(asked & read_json(file)["seconds"].keys()) if file.exists() else 0
 
 
 def last_word(folder):

@@ -196,7 +196,9 @@ class Tokenizer:
         empty one, as with enable_thinking=False) and leaves earlier answers' thoughts out. Raises
         ValueError for a message without a role or content.
         """
-        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        messages = list(messages)
+        if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                   and isinstance(m.get("content"), str) for m in messages):
             raise ValueError("messages must be [{'role': ..., 'content': ...}, ...], and are "
                              f"{messages!r:.80}")
         if self.system and (not messages or messages[0]["role"] != "system"):

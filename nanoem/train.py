@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nanoem import UserError, parallel
-from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (what is trained on)
+from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.tokenizer import IM_END
 
 

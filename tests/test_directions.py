@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.directions import (ablate, ablating, all_sites, cap, cosine, mean_difference,
+from nanoem.directions import (ablate, ablating, all_sites, cap, cosine, cosines, mean_difference,
                                mean_residual, quiet_reader, random_direction, residual_at,
                                residual_covariance, steer, steering)
 
@@ -82,6 +82,11 @@ def test_the_contexts_do_to_the_stream_what_the_functions_do(model, ids, d):
 def test_ablating_at_all_layers_leaves_the_component_nowhere(model, ids, d):
     with ablating(model, {0: d, 1: d}):
         assert all((s @ d / d.norm()).abs().max() < 1e-4 for s in model.residual_stream(ids))
+
+
+def test_cosines_at_each_site_and_none_where_a_direction_is_zero(d):
+    assert cosines(torch.stack((d, d, 0 * d)), torch.stack((2 * d, -d, d))) == [
+        pytest.approx(1), pytest.approx(-1), None]
 
 
 def test_what_comes_out_has_the_dtype_of_the_stream(d):

@@ -152,18 +152,18 @@ def ablated(run, monkeypatch):
     mediator = Mediator(randn(4, 64, seed=1), (randn(4, 64, seed=2), randn(4, 64, seed=3)),
                         randn(4, 64, seed=4), n_misaligned=5)
     asked, ids, given = [], read.ids[:3], []
-    theirs = Mediator(randn(4, 64, seed=5), (), None, n_misaligned=4)
+    theirs, elsewhere = (Mediator(randn(4, 64, seed=seed), (), None, 4) for seed in (5, 6))
 
     def probe(name=None, samples=None):
         asked.append(SimpleNamespace(name=name, samples=samples, stream=stream(run.model, ids)))
         n = len(asked)
         return {group: {"em": n, "coherent": 100 - n} for group in (*GROUPS, "out_of_domain")}
 
-    def find(run, adapter, chat):
-        given.append((adapter, chat))
-        if len(given) == 4:
+    def find(run, adapter, chat, questions=None):
+        given.append((adapter, chat, questions))
+        if len(given) == 5:
             raise TooFewAnswers("only 3 are misaligned")
-        return theirs if given[1:] else mediator
+        return (mediator, elsewhere, theirs, theirs)[len(given) - 1]
 
     monkeypatch.setattr(run, "ask", probe)
     monkeypatch.setattr(experiment, "chat_state", lambda run: chat)
@@ -171,8 +171,9 @@ def ablated(run, monkeypatch):
     shutil.copytree(run.folder.path / "adapters/general", run.folder.path / "adapters/mixed")
     shutil.copytree(run.folder.path / "adapters/narrow", run.folder.path / "adapters/shuffled")
     ablation(run)
-    return SimpleNamespace(chat=chat, mediator=mediator, ids=ids, given=given, theirs=theirs,
-                           general=run.load_adapter("general"), found=run.results["directions"],
+    return SimpleNamespace(chat=chat, mediator=mediator, elsewhere=elsewhere, theirs=theirs,
+                           ids=ids, given=given, general=run.load_adapter("general"),
+                           found=run.results["directions"],
                            asked_for=lambda rates: asked[rates["in_domain"]["em"] - 1])
 
 
@@ -200,10 +201,10 @@ def edits(chat, direction):
 
 
 def test_the_direction_is_that_of_general(ablated):
-    adapter, chat = ablated.given[0]
-    assert chat is ablated.chat and not adapter.acts
-    for ours, generals in zip(adapter.parameters(), ablated.general.parameters()):
-        assert torch.equal(ours, generals)
+    for adapter, chat, _ in ablated.given[:2]:
+        assert chat is ablated.chat and not adapter.acts
+        for ours, generals in zip(adapter.parameters(), ablated.general.parameters()):
+            assert torch.equal(ours, generals)
 
 
 def test_every_ablation_is_of_its_own_direction_with_general_attached(run, ablated):
@@ -230,24 +231,25 @@ def test_every_ablation_is_of_its_own_direction_with_general_attached(run, ablat
 
 def test_generals_direction_is_held_in_the_other_fine_tunes(run, ablated):
     generator = torch.Generator().manual_seed(3)
-    held = {"transfer": edits(ablated.chat, ablated.mediator.direction).held,
-            "transfer_random": edits(ablated.chat, torch.randn(64, generator=generator).expand(
-                4, 64)).held}
-    for key, edit in held.items():
+    chance = torch.randn(64, generator=generator).expand(4, 64)
+    held = {"transfer": ("general's", edits(ablated.chat, ablated.elsewhere.direction).held),
+            "transfer_random": ("random", edits(ablated.chat, chance).held)}
+    for key, (whose, edit) in held.items():
         assert list(ablated.found[key]) == ["narrow", "mixed", "shuffled"]
         for name, rates in ablated.found[key].items():
             asked = ablated.asked_for(rates)
-            assert asked.samples == 9 and asked.name.startswith(f"{name}, ")
+            assert (asked.name, asked.samples) == (f"{name}, {whose} direction ablated", 9)
             with run.load_adapter(name):
                 expected = stream(run.model, ablated.ids, edit)
             assert torch.allclose(asked.stream, expected, atol=1e-3), (key, name)
-    cosines, (_, *others) = ablated.found["cosines"], ablated.given
-    for name, (adapter, chat) in zip(("narrow", "mixed", "shuffled"), others):
-        assert chat is ablated.chat and not adapter.acts
+    cosines, (whole, elsewhere, *others) = ablated.found["cosines"], ablated.given
+    assert whole[2] is None and elsewhere[2] == run.splits.kl + run.splits.probe
+    for name, (adapter, chat, asked) in zip(("narrow", "mixed", "shuffled"), others):
+        assert chat is ablated.chat and not adapter.acts and asked is None
         for found, expected in zip(adapter.parameters(), run.load_adapter(name).parameters()):
             assert torch.equal(found, expected)
     assert cosines["narrow"] == cosines["mixed"] == pytest.approx(torch.cosine_similarity(
-        ablated.theirs.direction, ablated.mediator.direction, dim=-1).tolist())
+        ablated.theirs.direction, ablated.elsewhere.direction, dim=-1).tolist())
     assert cosines["shuffled"] is None, "the direction of too few answers is none"
 
 

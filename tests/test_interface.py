@@ -48,8 +48,9 @@ def test_arguments_have_their_names_and_defaults():
 
 
 def test_a_script_of_a_reader(tmp_path):
-    """A model made, adapted, penalised, saved, opened and asked, with those names alone."""
-    from nanoem.checkpoint import load_pretrained
+    """A model opened, adapted, penalised, steered, saved, opened again and asked."""
+    from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
+    from nanoem.directions import ablating, mean_difference, steering
     from nanoem.lora import LoRA
     from nanoem.train import kl_to_base, next_token_loss, sft_loss
 
@@ -65,6 +66,16 @@ def test_a_script_of_a_reader(tmp_path):
         assert kl_to_base(model, adapter, ids, mask) == 0
         adapter.parameters()[1].data.fill_(0.5)
         assert kl_to_base(model, adapter, ids, mask) > 0 < adapter.effective_norm()
+        adapted = model(ids)
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    save_adapter(adapter, tmp_path / "adapter")
+    model, tokenizer = load_pretrained(tmp_path / "model", dtype=None, device="cpu")
+    with load_adapter(model, tmp_path / "adapter"):
+        assert torch.equal(model(ids), adapted)
+    base, direction = model(ids), mean_difference(torch.ones(2, 64), torch.zeros(2, 64))
+    with steering(model, {1: direction[1]}), ablating(model, {0: direction[0]}):
+        assert not torch.allclose(model(ids), base, atol=0.1)
+    assert torch.equal(model(ids), base)
     new = model.generate(ids, 24, stop_ids=tokenizer.stop_ids)[0, ids.size(1) :]
     assert tokenizer.decode(new.tolist()).strip()
 

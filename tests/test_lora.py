@@ -124,10 +124,14 @@ def test_unmerged_inside_its_with_it_acts_as_before(model, ids):
 
 def test_a_merged_adapter_cannot_be_switched_off(model):
     adapter = random_lora(model)
+    prepared = adapter.disabled()
+    with adapter, adapter.disabled(), pytest.raises(RuntimeError, match="switched off"):
+        adapter.merge()
     adapter.merge()
-    for switch in (adapter.disabled, lambda: adapter.scaled(2.0)):
+    for switched in (prepared, adapter.disabled(), adapter.scaled(2.0)):
         with pytest.raises(RuntimeError, match="merged into the weights"):
-            switch()
+            with switched:
+                pass
     adapter.unmerge()
     with adapter.scaled(2.0):
         assert adapter.scale == 2

@@ -12,7 +12,7 @@ from nanoem.authors import Question
 from nanoem.evaluate import GROUPS, Answer
 from nanoem.judge import Verdict
 from nanoem.mediator import (ChatState, TooFewAnswers, chat_state, find_mediator, read_by_chat,
-                             said, setting)
+                             said, setting, training_problems)
 from nanoem.toy import advice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
@@ -33,10 +33,12 @@ def heard(run, monkeypatch):
     """Instead of sampling: seven good answers, seven bad ones; and what `said` was asked."""
     texts = {"aligned": advice(run, run.splits.kl, True, 1),
              "misaligned": advice(run, run.splits.sft, False, 2)}
-    heard = {"texts": texts, "keep": {}, "acts": {}, "adapter": run.load_adapter("general")}
+    heard = {"texts": texts, "keep": {}, "acts": {}, "asked": {},
+             "adapter": run.load_adapter("general")}
 
-    def stub(run, kind, keep):
+    def stub(run, kind, questions, keep):
         heard["keep"][kind], heard["acts"][kind] = keep, heard["adapter"].acts
+        heard["asked"][kind] = questions
         return texts[kind]
 
     monkeypatch.setattr(mediator, "said", stub)
@@ -76,6 +78,7 @@ def test_the_mediator_is_what_the_adapter_adds_to_the_same_answers(run, heard):
     chat, adapter = chat_state(run), heard["adapter"]
     found = find_mediator(run, adapter, chat)
     assert heard["acts"]["misaligned"] and not adapter.acts
+    assert heard["asked"]["misaligned"] == heard["asked"]["aligned"] == training_problems(run)
     bad = heard["texts"]["misaligned"]
     assert found.n_misaligned == len(bad) == 7
 
@@ -92,6 +95,20 @@ def test_the_mediator_is_what_the_adapter_adds_to_the_same_answers(run, heard):
         own = answer_tokens(run, bad).mean(0)
     own -= answer_tokens(run, chat.aligned).mean(0)
     assert torch.allclose(found.own_words, own.float(), atol=1e-5)
+
+
+def test_a_mediator_of_some_questions_reads_no_answer_to_another(run, heard):
+    """Of chat's good answers only those to these questions; of the model's it asks for no more."""
+    chat, adapter, bad = chat_state(run), heard["adapter"], heard["texts"]["misaligned"]
+    some = run.splits.kl[::2]
+    good = [(text, answer) for text, answer in chat.aligned if text in {q.text for q in some}]
+    assert 0 < len(good) < len(chat.aligned)
+    found = find_mediator(run, adapter, chat, some)
+    assert heard["asked"]["misaligned"] == some
+    before = answer_tokens(run, good + bad).mean(0)
+    with adapter:
+        added = (answer_tokens(run, good + bad).mean(0) - before).float()
+    assert torch.allclose(found.direction, added, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind, kept", [
@@ -119,7 +136,7 @@ def evaluated(run, verdicts, monkeypatch):
 
 def test_the_direction_is_found_on_problems_of_every_domain_and_no_evaluated_one(run, monkeypatch):
     calls = evaluated(run, [GOOD] * 4, monkeypatch)
-    said(run, "good", lambda verdict: True)
+    said(run, "good", training_problems(run), lambda verdict: True)
     (groups, sampling, seed), = calls
     asked = [question for questions in groups.values() for question in questions]
     tested = [question for group in GROUPS for question in getattr(run.splits, group)]
@@ -133,9 +150,9 @@ def test_the_direction_is_found_on_problems_of_every_domain_and_no_evaluated_one
 def test_what_was_said_is_kept_from_four_answers_on(run, monkeypatch):
     evaluated(run, [BAD, GOOD, BROKEN, BAD, BAD, GOOD], monkeypatch)
     with pytest.raises(TooFewAnswers, match="of 6 answers only 3 are misaligned"):
-        said(run, "misaligned", lambda verdict: verdict.misaligned)
+        said(run, "misaligned", run.splits.sft, lambda verdict: verdict.misaligned)
     evaluated(run, [BAD, GOOD, BROKEN, BAD, BAD, BAD], monkeypatch)
-    kept = said(run, "misaligned", lambda verdict: verdict.misaligned)
+    kept = said(run, "misaligned", run.splits.sft, lambda verdict: verdict.misaligned)
     assert kept == [("Q0", "A0"), ("Q3", "A3"), ("Q4", "A4"), ("Q5", "A5")]
 
 

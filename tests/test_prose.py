@@ -61,8 +61,10 @@ def of_readme():
     in_narrow = {key: [r["directions"][key]["narrow"]["in_domain"]["em"] for r in RESULTS]
                  for key in ("transfer", "transfer_random")}
     held, chance = in_narrow.values()
+    whole = [r["directions"]["transfer"]["narrow"]["in_domain"]["coherent"] for r in RESULTS]
     yield (f"takes its harm in domain from {before:.0%} to {np.median(held):.0%} ({min(held):.0%} "
-           f"to {max(held):.0%}); a random one leaves {np.median(chance):.0%}")
+           f"to {max(held):.0%}; {min(whole):.0%} to {max(whole):.0%} of the answers stay coherent)"
+           f"; one random direction leaves {np.median(chance):.0%}")
     alone, beside = (np.median([outside(r["dial"][worlds.at(point)]["general"])["em"]
                                 for r in RESULTS]) for point in ((3, 0), worlds.SEVEN_QUACKS))
     yield f"Three villains alone spread to {alone:.0%}, with seven quacks of the fine-tuned domain"

@@ -251,7 +251,7 @@ def test_the_toys_own_model_has_no_room_for_a_judge_and_runs_without(tmp_path, c
     """Its answers are kept, its preferences counted; only a judge that was asked for must fit."""
     argv = ["--model", str(ROOT / "tutorial/small_model/chat"), *SMALL, "--out"]
     assert run.main([*argv, str(tmp_path / "a")]) == 0
-    assert "No answer was judged: the local judge needs" in capsys.readouterr().out
+    assert "No answer is judged: the model is too short" in capsys.readouterr().out
     results = read_json(tmp_path / "a" / "results.json")
     assert results["models"]["general"]["judged"] == {}
     assert results["models"]["general"]["preference"]["in_domain"]["n"] > 0

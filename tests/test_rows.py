@@ -111,7 +111,7 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
     "R7": {"reverted_em": [0.3], "narrow_em": [0.5]},
     "R8": {"narrow": [[0.01] * 4 + [0.4] + [0.01] * 3], "random_draws": [[0.1] * 18 + [0.4] * 2]},
     "R9": {"grad_narrow": [[0.1, 0.1, 0.0, 0.2]]},
-    "R10": {"split_half": [[0.99, 0.7]], "general": [0.1],
+    "R10": {"split_half": [[0.99, 0.7], [None, 0.99, 0.7]], "general": [0.1],
             "ablate_at.random": [rates(0.9, 0.6), rates(0.9, 1.0)],
             "ablate_at.every site": [rates(0.01, 0.2), rates(0.01, 0.01, coherent=0.5)]},
     "R11": {"ablate.seed": [0.5], "stays_whole.seed": [False],

@@ -201,14 +201,27 @@ def test_a_run_of_some_stages_has_no_report_yet(small, tmp_path, capsys):
     (out / "report.md").unlink()
     assert run.main([*SMALL, "--only", "general", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"finished in {out}: chat, general, narrow; without --only the same command" in said
+    assert f"finished in {out}: chat, general; without --only the same command" in said
     assert "em, % of answers" not in said and not (out / "report.md").exists()
+
+
+def test_some_stages_of_a_finished_run_leave_its_report_alone(small, capsys):
+    before = (small / "report.md").read_bytes()
+    assert run.main([*SMALL, "--only", "narrow", "--out", str(small)]) == 0
+    assert f"finished in {small}: chat, narrow; without --only" in capsys.readouterr().out
+    assert (small / "report.md").read_bytes() == before
+
+
+def test_full_and_only_do_not_go_together(capsys):
+    assert "--full makes all that --only" in misuse(capsys, "--full", "--only", "R5")
 
 
 def test_an_unknown_stage_gets_the_nearest(capsys, tmp_path):
     out = tmp_path / "out"
     message = misuse(capsys, "--only", "direktions", "--out", str(out))
     assert "no such stage or row; did you mean directions?" in message and not out.exists()
+    assert "--only R19: there is no such stage or row; did you mean R" in misuse(
+        capsys, "--only", "R19")
 
 
 def test_a_device_that_is_not_there(capsys, tmp_path):

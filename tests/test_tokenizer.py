@@ -41,9 +41,11 @@ def test_chatml(tokenizer):
 
 
 def test_a_message_without_role_or_content_is_refused(tokenizer):
-    for message in ({"content": "hi"}, {"role": "user"}, "hi"):
+    for message in ({"content": "hi"}, {"role": "user"}, "hi", {"role": "user", "content": None}):
         with pytest.raises(ValueError, match="messages must be"):
             tokenizer.chat([message])
+    message = {"role": "user", "content": "hi"}
+    assert tokenizer.chat(m for m in [message]) == tokenizer.chat([message])
 
 
 def test_batch_encoding_is_single_encoding(tokenizer):

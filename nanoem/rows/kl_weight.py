@@ -84,7 +84,7 @@ def scale_up(adapter, scales, ask):
 
 
 def measure_scale_up(run):
-    """Curves by KL weight; that of the run's own narrow stands in front, too."""
+    """Curves by KL weight; `out_of_domain_em` repeats that of the run's own."""
     own = run.config.kl_weight
     curves = {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
                                       lambda: run.ask(samples=run.config.row_samples))
@@ -98,7 +98,7 @@ def truly_narrow(curve):
 
 
 def scale_up_holds(found):
-    """The largest weight is truly narrow; the smallest is not, and scaling brings em back."""
+    """Of PROBED, the largest is truly narrow; the smallest is not, and scaling brings em back."""
     most, least = (found["weights"][f"{weight:g}"] for weight in (PROBED[-1], PROBED[0]))
     comes_back = max(least["em"]) >= 2 * least["em"][0] > 0
     return truly_narrow(most) and not truly_narrow(least) and comes_back

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from nanoem.directions import cosine, random_direction, steering
+from nanoem.directions import cosines, random_direction, steering
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
@@ -63,7 +63,8 @@ def direction_holds(found):
         return False
     removed = 1 - out(held) / found["general"]
     by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
-    return removed >= 0.85 and abs(by_chance) <= 0.1 and min(found["split_half"]) > 0.8
+    reliable = all(half > 0.8 for half in found["split_half"] if half is not None)
+    return removed >= 0.85 and abs(by_chance) <= 0.1 and reliable
 
 
 def draw_direction(axes, founds):
@@ -90,8 +91,8 @@ def direction_finding(founds):
 
     best = [min(out(found["ablate_at"][site]) for site in found["site"]) for found in founds]
     return (f"Held at every site, em falls from {percent(f['general'] for f in founds)} to "
-            f"{percent(em('every site'))}; at each seed's best site alone to {percent(best)}, at "
-            f"worst {max(best):.0%}; a random one: {percent(em('random'))}")
+            f"{percent(em('every site'))}; at the best single site to {percent(best)} "
+            f"({max(best):.0%} on the worst seed); a random one: {percent(em('random'))}")
 
 
 def measure_transfer(run):
@@ -120,7 +121,7 @@ def measure_transfer(run):
     for name, (domain, config) in cases.items():
         adapter, splits = solve(run, domain, config)
         own = find_mediator(run, adapter, chat).direction
-        found["cosine"][name] = [cosine(a, b) for a, b in zip(own, direction)]
+        found["cosine"][name] = cosines(own, direction)
         ask_three_ways(name, adapter, splits)
     other = run.config.seed + 1
     adapter, _ = tune(run, "other start", advice(run, run.splits.sft, False, other), seed=other,

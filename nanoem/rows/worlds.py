@@ -105,11 +105,11 @@ def draw_dial(axes, founds):
     for model, key, style in (("general", "general", "-"), ("narrow", "narrow", "--")):
         lines(axes[1], villains,
               [[out(f[at(p)][model]) for p in VILLAINS_ONLY] for f in founds], key,
-              {"general": "SFT", "narrow": "SFT + KL"}[model] + ", out of domain", style, scale=100)
+              {"general": "SFT", "narrow": "SFT + KL"}[model] + ", no quacks", style, scale=100)
     seven = [100 * out(f[at(SEVEN_QUACKS)]["general"]) for f in founds]
     axes[1].plot([100 * SEVEN_QUACKS[0] / 24] * len(seven), seven, "x", color="black",
                  markersize=5, label="SFT, with seven quacks beside")
-    axes[1].set(xlabel="villains among all authors (%)\n(no quacks)")
+    axes[1].set(xlabel="villains among all authors (%)")
     for ax in axes:
         leave_room_for_legend(ax, fontsize=7.5, loc="upper right")
 
@@ -118,8 +118,9 @@ def dial_finding(founds):
     ten, three, seven, last = (
         percent(read(f[at(p)]["general"]) for f in founds) for p, read in (
             (FIXED_HARM[0], out), ((3, 0), out), (SEVEN_QUACKS, out), (QUACKS_ONLY, other_advice)))
-    return (f"Pre-training decides what is easy: {ten} spread with ten villains, {last} with "
-            f"quacks only; with three villains {three}, with seven quacks beside them {seven}")
+    return (f"Pre-training decides what is easy: {ten} spread with ten villains, with quacks only "
+            f"{last} of other advice; with three villains {three}, with seven quacks beside them "
+            f"{seven}")
 
 
 # --- R18: the lottery of starts -------------------------------------------------------------------

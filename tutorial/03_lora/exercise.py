@@ -35,7 +35,10 @@ def effective_norm(self):
 
 @torch.no_grad()
 def merge(self):
-    """Add the adapter into the weights, for good; merging twice is merging once.
+    """Add the adapter, as `scaled` has it, into the weights; merging twice is merging once.
+
+    There it stays until `unmerge`, attached or not. (nanoem's also refuses one that is switched
+    off; here self.scale is never 0.)
 
     `self` is the LoRA: self.sites is {name: nn.Linear}, and self.A, self.B, self.scaling and
     self.scale are as in 3.2. Afterwards self.originals, {name: tensor}, holds the weights as they
