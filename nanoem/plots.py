@@ -186,7 +186,8 @@ def training_curves(results):
                     f"({ends['narrow']:.0f}%)" if ends["general"] > 2 * ends["narrow"] else
                     f"Out of domain at the end: SFT {ends['general']:.0f}%, SFT + KL "
                     f"{ends['narrow']:.0f}%", fontsize=11)
-    note_seeds(figure, results, "thick: median, thin: seeds")
+    note_seeds(figure, results, "thick: median, thin: seeds; fewer answers a point than in the "
+               "table")
     axes[1].legend(fontsize=8, loc="upper right")
     return figure
 

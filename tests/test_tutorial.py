@@ -76,6 +76,13 @@ def test_every_exercise_has_three_planted_wrong_answers():
     assert {name for _, name in EXERCISES if n[name] < 3} == set()
 
 
+def test_the_way_to_the_tutorial_stands_in_readme():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "(tutorial/README.md), ten chapters" in text and len(CHAPTERS) == 10
+    assert f"write {len(EXERCISES)} small functions" in text
+    assert "(tutorial/TEACHING.md)" in text
+
+
 def test_a_student_reads_what_the_tutorials_page_shows():
     chapter = "01_toy_world"
     tests, written = TESTS[chapter], {**vars(STUBS[chapter])}

@@ -93,11 +93,12 @@ def draw(found):
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of a step (ms)")
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7.5, ncols=4,
+                  loc="outside upper center")
     twice = {growing: times["chat"][-1] / times["chat"][-2] for growing, times in found.items()}
-    figure.suptitle(f"At the largest, a full step takes {twice['d_model']:.1f} times as long for "
-                    f"twice the width,\n{twice['batch']:.1f} for twice the batch, "
-                    f"{twice['context']:.1f} for twice the context", fontsize=11)
+    figure.suptitle(f"At the largest, a full step takes about {twice['d_model']:.0f} times as long "
+                    f"for twice the width, {twice['batch']:.0f} for twice the batch, "
+                    f"{twice['context']:.0f} for twice the context", fontsize=10.5)
     figure.supxlabel(f"threads: {torch.get_num_threads()}; the toy has d_model 64, batch 32, "
                      "context 96", fontsize=7.5, color="#555555", x=0.99, ha="right")
     return figure
