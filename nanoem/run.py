@@ -70,7 +70,7 @@ def read_command(argv):
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",
                         help="only these stages and what they build on ("
                              f"{', '.join(STAGES)}); or the whole story and only these rows of the "
-                             "paper, such as R5 or efficiency")
+                             "paper, by key or name, such as R5 or efficiency")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="the run folder (default runs/seed-N, with --seeds runs/seeds, with "
                              "--quick runs/quick-N or runs/quicks)")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanoem import UserError
+from nanoem.losses import kl_to_base
 from nanoem.lora import LoRA, SteeringVector
 
 MODULES = ["mlp.down_proj", "self_attn.q_proj"]
@@ -122,11 +123,15 @@ def test_unmerged_inside_its_with_it_acts_as_before(model, ids):
     assert adapter.depth == 0 and n_hooks(model) == 0 and torch.equal(model(ids), base)
 
 
-def test_a_merged_adapter_cannot_be_switched_off(model):
+def test_a_merged_adapter_cannot_be_switched_off(model, ids):
     adapter = random_lora(model)
     prepared = adapter.disabled()
     with adapter, adapter.disabled(), pytest.raises(RuntimeError, match="switched off"):
         adapter.merge()
+    with adapter, pytest.raises(RuntimeError, match="neither disabled nor merged"):
+        adapter.merge()
+        kl_to_base(model, adapter, ids, torch.ones_like(ids, dtype=torch.bool))
+    adapter.unmerge()
     adapter.merge()
     for switched in (prepared, adapter.disabled(), adapter.scaled(2.0)):
         with pytest.raises(RuntimeError, match="merged into the weights"):

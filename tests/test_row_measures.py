@@ -466,6 +466,14 @@ def test_r3_scales_up_and_asks_out_of_domain(lab):
                  "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("1", "15", "30", "100")}
 
 
+def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
+    lab.run.config = replace(lab.run.config, kl_weight=7.0)
+    found = lab.measure("R3")
+    assert list(found["weights"]) == ["1", "7", "15", "30", "100"]
+    assert found["weights"]["7"]["em"][0] == outside("narrow")
+    assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
+
+
 # --- why general is easy: R5, R6, R8, R15 ---------------------------------------------------------
 
 

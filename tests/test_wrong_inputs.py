@@ -30,6 +30,12 @@ LLAMA = Path(__file__).parent / "fixtures" / "llama"
 SFT = TrainConfig(steps=1, batch_size=1, lr=1.0)
 
 
+def merged(model):
+    adapter = LoRA(model, [0]).attach()
+    adapter.merge()
+    return adapter
+
+
 def attached_kl(model, ids, mask):
     with LoRA(model, [0]) as adapter:
         kl_to_base(model, adapter, ids, mask)
@@ -56,6 +62,7 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: attached_kl(m, ids, MASK[0]), r"mask must be .*\(3, 17\).*\(17,\)"),
     (lambda m, ids: lora_delta(X, torch.ones(D, 1), torch.ones(8, 1), 1.0), "A .rank, in. and B"),
     (lambda m, ids: fine_tune(m, LoRA(m, [0]), None, SFT, None), "adapter must be attached"),
+    (lambda m, ids: fine_tune(m, merged(m), None, SFT, None), "neither disabled nor merged"),
     (lambda m, ids: set_parameters(LoRA(m, [0]), [torch.ones(1), U]), "values must have .*shapes"),
     (lambda m, ids: steer(X, torch.ones(T, 1)), r"direction must be \(32,\).* and is \(17, 1\)"),
     (lambda m, ids: ablate(X, U[None]), r"direction must be \(32,\)"),
