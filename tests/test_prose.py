@@ -95,7 +95,9 @@ def of_chapter_4():
 
 def of_chapter_5():
     yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
-    yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
+    yield given("twice the steps, three times the learning rate and weight decay",
+                CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps and CONFIG.sft_kl.weight_decay > 0
+                and CONFIG.sft_kl.lr == pytest.approx(3 * CONFIG.sft.lr))
     yield f"about {1e6 / 152_000:.1f} in our units"
     yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(kl_weight.PROBED)]} weights"
     yield f"sweeps {NUMBERS[len(kl_weight.WEIGHTS)]} weights"
