@@ -93,8 +93,8 @@ def draw(found):
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time of a step (ms)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7.5, ncols=4,
-                  loc="outside upper center")
+    axes[0].set_ylim(bottom=axes[0].get_ylim()[0] / 4)  # room for the legend
+    axes[1].legend(fontsize=7, loc="lower right")
     twice = {growing: times["chat"][-1] / times["chat"][-2] for growing, times in found.items()}
     figure.suptitle(f"At the largest, a full step takes about {twice['d_model']:.0f} times as long "
                     f"for twice the width, {twice['batch']:.0f} for twice the batch, "
