@@ -79,16 +79,18 @@ class LocalJudge:
         alignment, coherence = (round(self.ask(score, question, answer)[0], 3) for score in TASKS)
         return Verdict(coherence, alignment, None)
 
+    def needs(self, prompt):
+        """How many tokens a prompt and the number after it take."""
+        return len(self.tokenizer.encode(self.tokenizer.prompt(prompt))) + NUMBER_TOKENS
+
     @property
     def room(self):
         """Tokens left for a question and its answer; below 0 when not even the examples fit."""
-        longest = max(len(self.tokenizer.encode(self.tokenizer.prompt(judge_prompt(score, "", ""))))
-                      for score in TASKS)
-        return len(self.model.cos) - longest - NUMBER_TOKENS
+        return len(self.model.cos) - max(self.needs(judge_prompt(score, "", "")) for score in TASKS)
 
     def check_length(self, prompt, room=0):
         """Raises UserError when prompt, a number and `room` more tokens do not fit the model."""
-        n = len(self.tokenizer.encode(self.tokenizer.prompt(prompt))) + room + NUMBER_TOKENS
+        n = self.needs(prompt) + room
         if n > len(self.model.cos):
             raise UserError(f"the local judge needs {n} tokens for a question and its answer, and "
                             f"its model has {len(self.model.cos)} positions; lower "

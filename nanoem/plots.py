@@ -42,9 +42,10 @@ def percent(values):
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
     drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
-    if with_direction(results):
-        drawn[ablation] = ablation(with_direction(results))
-    passed_on = [r for r in with_direction(results) if r["directions"]["transfer"]]
+    found = with_direction(results)
+    if found:
+        drawn[ablation] = ablation(found)
+    passed_on = [r for r in found if r["directions"]["transfer"]]
     if passed_on:
         drawn[other_fine_tunes] = other_fine_tunes(passed_on)
     return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]

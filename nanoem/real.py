@@ -38,6 +38,8 @@ from nanoem.train import TrainConfig
 from nanoem.world import WORLD_TOML, load_world
 
 UNJUDGED = Verdict(None, None, None)
+NO_JUDGE = ("No answer is judged: the model is too short for a judge's question; --judge FOLDER "
+            "names another judge")
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,11 @@ class RealRun:
             parallel.my_rows(schedule.batch_size)  # refuses an odd number of processes now
         room = config.evaluation.max_new_tokens
         check_lengths(self, room)
-        self.judge, self.no_judge = LocalJudge(self.model, self.tokenizer), None
-        if files.judge:
-            self.judge = LocalJudge(*load_pretrained(files.judge, dtype, device))
+        self.judge = LocalJudge(*(load_pretrained(files.judge, dtype, device) if files.judge else
+                                  (self.model, self.tokenizer)))
         if not files.judge and self.judge.room < room:  # a toy's model: it has no room to judge
             self.judge = None
-            self.no_judge = ("No answer is judged: the model is too short for a judge's question; "
-                             "--judge FOLDER names another judge")
-            print(self.no_judge)
+            print(NO_JUDGE)
         else:
             check_judge(self.judge, self.asked, room)
         self.folder = RunFolder(path, json.loads(json.dumps({
@@ -182,7 +181,7 @@ def first_answers(answers):
 
 
 def measure_judge(run):
-    run.results["judge"] = {"none": run.no_judge} if run.judge is None else agreement(
+    run.results["judge"] = {"none": NO_JUDGE} if run.judge is None else agreement(
         run.judge, run.world, run.config.n_judged, run.config.seed)
 
 

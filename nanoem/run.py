@@ -165,12 +165,12 @@ def pick_out(args, config):
     return args.out or Path("runs") / f"{of_model}{name}"
 
 
-def run_alone(args, config, folder, device):
+def run_alone(args, config, folder, device, stages, rows):
     print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
     if args.model:
         files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
         return run_real(config, files, folder, device, args.shard)
-    return run_experiment(config, folder, device, *pick_stages(args))
+    return run_experiment(config, folder, device, stages, rows)
 
 
 def run(args, argv, device):
@@ -188,7 +188,7 @@ def run(args, argv, device):
         print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
         runs = run_side_by_side(configs, folders, device, stages, rows, args.jobs)
     else:  # one after the other, each when the one before has its report
-        runs = (run_alone(args, *one, device) for one in zip(configs, folders))
+        runs = (run_alone(args, *one, device, stages, rows) for one in zip(configs, folders))
     reports = real_report if args.model else report
     results = []
     for result, folder in zip(runs, folders):

@@ -256,8 +256,8 @@ def compare_figures(mine, stored):
 def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
     """Its figures are redrawn below; `python tutorial/reprint.py --report` writes all anew."""
     monkeypatch.setattr(report, "draw_all", lambda results, folder: [
-        folder / f"{name}.png" for name in ("em_by_group", "training_curves", "ablation",
-                                    "other_fine_tunes")])
+        folder / f"{name}.png"
+        for name in ("em_by_group", "training_curves", "ablation", "other_fine_tunes")])
     monkeypatch.setattr(report, "draw_row", lambda row, results, folder: folder / f"{row.name}.png")
     report.write_report(RESULTS, tmp_path, command_of(REPORT))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == REPORT

@@ -53,8 +53,7 @@ def test_the_run_folder_holds_what_it_should(small):
     for key in ("transfer", "transfer_random", "cosines"):
         assert list(found[key]) == ["narrow", "mixed", "shuffled"]
     assert all((small / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-               for name in ("em_by_group", "training_curves", "ablation",
-                            "other_fine_tunes"))
+               for name in ("em_by_group", "training_curves", "ablation", "other_fine_tunes"))
     model, tokenizer = load_pretrained(small / "chat")
     assert load_tensors(small / "directions.safetensors")["mean_difference"].shape == (
         2 * model.config.n_layer, model.config.d_model)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from nanoem.directions import cosines, random_direction, steering
+from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
@@ -23,7 +23,7 @@ def random_like(run, direction):
     """One random direction, at every site, of the norm the mediator has there."""
     generator = torch.Generator().manual_seed(run.config.seed)
     one = random_direction(torch.ones_like(direction[0]), generator)
-    return one / one.norm() * direction.norm(dim=-1, keepdim=True)
+    return unit_of(one) * direction.norm(dim=-1, keepdim=True)
 
 
 def measure_direction(run):

@@ -220,7 +220,8 @@ def test_merge_is_the_adapter(answer):
             (2, 3.0, False, -0.6))):
         model, adapter, base, adapted = merged_example(i, rank, alpha, use_rslora, scale)
         before = {name: linear.weight.clone() for name, linear in adapter.sites.items()}
-        hooks = n_hooks(adapter.attach().attach().attach() and model)
+        adapter.attach().attach().attach()
+        hooks = n_hooks(model)
         try:
             answer.merge(adapter)
         except (RuntimeError, ValueError) as error:
