@@ -29,6 +29,20 @@ def peak_megabytes(work):
     return most / 1e6
 
 
+# What no one can leave out: a job done by these operations alone could not take less.
+KERNELS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm",
+           "aten::_scaled_dot_product_flash_attention_for_cpu",
+           "aten::_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def kernel_seconds(work):
+    """Seconds of `work` in matrix products and attention alone; the rest of it is around them."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        work()
+    return sum(event.self_cpu_time_total for event in profiled.key_averages()
+               if event.key in KERNELS) / 1e6
+
+
 def matmul_peak():
     """FLOP/s of the fastest of some large float32 matrix products."""
     a, b = torch.randn(2, 2048, 2048)

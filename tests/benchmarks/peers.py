@@ -4,9 +4,10 @@
 
 Both sides open one model folder and one adapter folder, get the same batches and the same threads,
 and take turns; a time is the median over the turns. In the first turn they must come to the same
-losses, tokens or answers. The peer is set up as a user who cares for speed would: sdpa attention on
-its causal path (right padding needs no mask), fused AdamW, a plain loop instead of a Trainer, one
-left-padded batch to sample from.
+losses, tokens or answers. `kernels` are the matrix products and attention within nanoem's time, and
+`at most` is how many times faster than the peer a job of nothing else would be. The peer is set up
+as a user who cares for speed would: sdpa attention on its causal path (right padding needs no
+mask), fused AdamW, a plain loop instead of a Trainer, one left-padded batch to sample from.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ except ImportError as missing:
 import torch
 from torch.nn import functional as F
 
-from measure import matmul_peak, peak_megabytes, seconds, training_flops
+from measure import kernel_seconds, matmul_peak, peak_megabytes, seconds, training_flops
 from nanoem.authors import WorldConfig, documents, make_splits, write_pairs
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate
@@ -218,11 +219,13 @@ def measure(texts, size, path):
             check_same(*(job(texts, path, 0.0) if job is evaluation else job(texts, path)))
             sides = job(texts, path)
             turns = [list(map(seconds, sides)) for _ in range(TURNS[size])]
+            kernels = [kernel_seconds(sides[0]) for _ in range(5)]
             memory = list(map(peak_megabytes, sides))
         n = SCHEDULE.steps if name.endswith("step") else 1
-        ours, theirs = (median(side) / n for side in zip(*turns))
-        print(f"| {size} | {name} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {theirs / ours:.1f} "
-              f"| {memory[0]:.0f} | {memory[1]:.0f} |", flush=True)
+        ours, theirs, least = (median(side) / n for side in (*zip(*turns), kernels))
+        times = [1000 * ours, 1000 * theirs, theirs / ours, 1000 * least, theirs / least]
+        print(f"| {size} | {name} |", *(f"{x:.1f} |" for x in times),
+              *(f"{megabytes:.0f} |" for megabytes in memory), flush=True)
         if job is full_step:
             full = ours, theirs
     return full
@@ -234,8 +237,8 @@ def main():
     texts = Texts()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"peft {peft.__version__}, {torch.get_num_threads()} threads\n")
-    print("| size | job | nanoem, ms | peer, ms | times faster | nanoem, MB | peer, MB |\n"
-          "|---|---|---:|---:|---:|---:|---:|")
+    print("| size | job | nanoem, ms | peer, ms | times faster | kernels, ms | at most "
+          "| nanoem, MB | peer, MB |\n|---|---" + "|---:" * 7 + "|")
     lines = []
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
