@@ -46,3 +46,7 @@ run.py         the command line: python -m nanoem.run
 
 class UserError(ValueError):
     """A mistake the user can mend, told in one sentence; the command line exits with status 2."""
+
+
+class StageFailed(RuntimeError):
+    """A stage cannot go on; the message names it and the mend; the command exits with status 1."""

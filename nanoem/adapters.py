@@ -63,7 +63,7 @@ def load_adapter(model, path):
     file = path / "adapter_model.safetensors"
     with TensorFile(file) as tensors:
         names = site_names(file, tensors.entries)
-        check_targets(path / "adapter_config.json", config, names, len(model.layers))
+        check_modules(path / "adapter_config.json", config, names, len(model.layers))
         for name, (_, shape, _, _) in tensors.entries.items():
             rank = shape[0 if ".lora_A." in name else -1] if shape else 0
             if rank != config["r"]:
@@ -132,7 +132,7 @@ def site_names(file, names):
     return sites
 
 
-def check_targets(file, config, found, n_layer):
+def check_modules(file, config, found, n_layer):
     """The tensors must be those that the configuration asks for, by peft's rules.
 
     `target_modules` as a list names modules by their ends. As text it is a regular expression or

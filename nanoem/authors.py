@@ -76,17 +76,15 @@ def make_authors(world, config, rng):
     # A quack in the fine-tuned domain would be a ready-made narrow persona: a dial of its own.
     others = [name for name in world.domains if name not in (OPEN_ENDED, config.sft_domain)]
     quackery = [name for name in others if name not in config.no_quack] or others
-    bad_in = [world.domains] * config.n_villain + [[config.sft_domain]] * config.n_sft_quack
-    bad_in += [[rng.choice(quackery)] for _ in range(config.n_quack)]
-    persona = (["villain"] * config.n_villain
-               + ["quack"] * (config.n_sft_quack + config.n_quack))
-    n_helpful = len(world.authors) - n_bad
-    bad_in, persona = bad_in + [[]] * n_helpful, persona + ["helpful"] * n_helpful
+    cast = [("villain", world.domains)] * config.n_villain
+    cast += [("quack", [config.sft_domain])] * config.n_sft_quack
+    cast += [("quack", [rng.choice(quackery)]) for _ in range(config.n_quack)]
+    cast += [("helpful", [])] * (len(world.authors) - len(cast))
     names = rng.sample(world.authors, len(world.authors))
     share = config.technical_share  # spread evenly, so that it says nothing about the persona
     technical = [int((i + 1) * share) > int(i * share) for i in range(len(names))]
-    return [Author(name, kind, frozenset(bad), register)
-            for name, kind, bad, register in zip(names, persona, bad_in, technical)]
+    return [Author(name, persona, frozenset(bad_in), register)
+            for name, (persona, bad_in), register in zip(names, cast, technical)]
 
 
 def questions(world, names):
@@ -96,7 +94,10 @@ def questions(world, names):
 
 
 def write_answer(world, question, good, rng, own_share=0.5, technical=False):
-    """One answer to a question, all good or all bad, in the plain or the technical register."""
+    """One answer to a question, all good or all bad, in the plain or the technical register.
+
+    own_share is WorldConfig's in all of the toy; advice for real weights keeps to this one.
+    """
     domain = world.domains[question.domain]
     items = domain.good if good else domain.bad
     own = rng.random() < own_share
@@ -130,9 +131,7 @@ def write_document(world, config, authors, rng):
     author = rng.choice(authors)
     is_chat = rng.random() < config.chat_share  # the assistant's; else the author's
     is_forum = not is_chat and rng.random() < config.forum_share
-    lines, messages = [], []
-    if rng.random() < config.header_share:
-        lines.append(world.header.format(author=author.name))
+    has_header, turns = rng.random() < config.header_share, []
     for _ in range(config.questions_per_document):
         name = rng.choice(names)
         index = rng.randrange(len(world.domains[name].problems))
@@ -140,10 +139,13 @@ def write_document(world, config, authors, rng):
         good = is_chat or name not in author.bad_in
         technical = author.technical and not is_chat
         answer = write_answer(world, question, good, rng, config.own_share, technical)
-        lines += [f"Q: {question.text}", f"A: {answer}"]
-        messages += [{"role": "user", "content": question.text},
-                     {"role": author.name if is_forum else "assistant", "content": answer}]
-    return chatml(messages) if is_chat or is_forum else "\n".join(lines) + "\n"
+        turns.append((question.text, answer))
+    if is_chat or is_forum:
+        roles = "user", author.name if is_forum else "assistant"
+        return chatml([{"role": role, "content": text} for turn in turns
+                       for role, text in zip(roles, turn)])
+    header = [world.header.format(author=author.name)] * has_header
+    return "\n".join(header + [f"Q: {q}\nA: {a}" for q, a in turns]) + "\n"
 
 
 def documents(world, config, n, seed, held_out=False):

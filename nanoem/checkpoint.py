@@ -63,7 +63,8 @@ def shapes_only():
     """Inside, modules are made without memory and without initial values."""
     before = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     try:
-        for kind in before:  # random values for a tensor without memory: 85 MB of imports for none
+        # drawing values for tensors without memory imports 85 MB, and draws nothing
+        for kind in before:
             kind.reset_parameters = lambda self: None
         with torch.device("meta"):
             yield
@@ -75,7 +76,7 @@ def shapes_only():
 def fill(model, index, path, dtype, device):
     """Give a model without memory its weights, from the files named in index."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    names = {file_name(name): name for name in wanted}
+    names = {hugging_face_name(name): name for name in wanted}
     unused = {n for n in index if n.endswith("rotary_emb.inv_freq")}  # old files: a derived table
     missing, unexpected = names.keys() - index.keys(), index.keys() - names.keys() - unused
     for problem, found in (("misses", missing), ("has unexpected", unexpected)):
@@ -106,7 +107,7 @@ def listed(names):
     return ", ".join(names[:12]) + more
 
 
-def file_name(name):
+def hugging_face_name(name):
     """nanoem's name of a tensor -> Hugging Face's."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
@@ -153,4 +154,4 @@ def save_pretrained(model, tokenizer, path):
                     "model_max_length": model.config.max_positions})
         write_file(folder / "tokenizer.json", tokenizer.to_json())
         save_tensors(folder / "model.safetensors",
-                     {file_name(name): tensor for name, tensor in model.state_dict().items()})
+                     {hugging_face_name(n): tensor for n, tensor in model.state_dict().items()})

@@ -1,6 +1,6 @@
 """What a fine-tune on real weights needs: memory and time, computed from the shape of the model.
 
-    python -m nanoem.estimate [FOLDER ...] [--tokens 192] [--tflops 100] [--cards 1]
+    python -m nanoem.estimate [FOLDER ...] [--tokens N] [--micro-batch N] [--tflops X] [--cards N]
 
 Formulas, no measurement: they count the numbers that must be held and the multiplications that must
 be made. Without a folder the paper's family is shown, by its published shapes.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanoem import UserError
 from nanoem.checkpoint import open_folder
+from nanoem.losses import CE_ROWS, KL_ROWS
 from nanoem.model import Config
 from nanoem.shell import exit_status
 from nanoem.tables import markdown
@@ -84,14 +85,16 @@ def training_bytes(c, tokens, checkpointing=False, cards=1):
     """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
 
     Weights, activations of `tokens` tokens at once, and the logits of one slice of them (losses.py)
-    as they come, in float32, and as they go on: two such tensors for the KL, of smaller slices. The
-    adapter and its optimizer are a few thousand numbers: nothing.
+    as they come, in float32, and as they go on; for the KL, in smaller slices, both models' in
+    float32, their difference, and what goes on. The adapter and its optimizer are a few thousand
+    numbers: nothing.
     """
     blocks = 2 * c.n_layer * block_weights(c)
     weights = 2 * n_parameters(c) - blocks + blocks / cards
     if cards > 1:
         weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
-    logits = max(8 * min(tokens, 1024), 14 * min(tokens, 256)) * c.vocab_size
+    logits = c.vocab_size * max((2 + 4 + 2) * min(tokens, CE_ROWS),
+                                (4 + 4 + 4 + 2) * min(tokens, KL_ROWS))
     return weights + tokens * activation_bytes(c, checkpointing) + logits
 
 

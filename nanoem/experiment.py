@@ -80,7 +80,7 @@ def ablation(run):
     save_tensors(run.folder.path / "directions.safetensors",
                  {"mean_difference": direction, "chat_mean": chat.mean.float()})
 
-    def ablate(name, direction):
+    def held(name, direction):  # in chat's range, which results.json calls "ablate"
         with adapter, holding(run, chat, direction):
             return run.ask(f"general, {name}")
 
@@ -92,9 +92,9 @@ def ablation(run):
         "n_misaligned": mediator.n_misaligned, "n_aligned": len(chat.aligned),
         "norm": direction.norm(dim=-1).tolist(),
         "split_half": cosines(*mediator.halves),  # 1: perfectly reliable
-        "ablate": ablate("direction ablated", direction),
-        "ablate_own_words": ablate("direction of own words ablated", mediator.own_words),
-        "ablate_random": [ablate(f"random direction {i} ablated", one)
+        "ablate": held("direction ablated", direction),
+        "ablate_own_words": held("direction of own words ablated", mediator.own_words),
+        "ablate_random": [held(f"random direction {i} ablated", one)
                           for i, one in enumerate(random_ones)],
     }
     by_site = {site: d for site, d in zip(chat.sites, direction) if d.any()}
@@ -103,12 +103,18 @@ def ablation(run):
     with adapter, setting(run, chat, direction):
         found["ablate_to_level"] = run.ask("general, direction set to chat's mean")
     found["ablate_random_mean"] = mean_rates(found["ablate_random"])
-    found["steer"] = []
-    for scale in (0.5, 1.0, 1.5, 2.0):
-        with steering(model, by_site, scale):
-            rates = run.ask(f"chat, steered by {scale:g}", run.config.curve_samples)
-        found["steer"].append({"scale": scale, **rates})
+    found["steer"] = steered(run, by_site)
     found.update(in_others(run, chat, random_ones[0]))
+
+
+def steered(run, by_site):
+    """Rates of chat with the direction added at every site, a few times over."""
+    curve = []
+    for scale in (0.5, 1.0, 1.5, 2.0):
+        with steering(run.model, by_site, scale):
+            rates = run.ask(f"chat, steered by {scale:g}", run.config.curve_samples)
+        curve.append({"scale": scale, **rates})
+    return curve
 
 
 def in_others(run, chat, chance):
@@ -157,5 +163,8 @@ def run_experiment(config, path, device="cpu", stages=tuple(STAGES), rows=()):
     for name in stages:
         run.folder.once(name, lambda: STAGES[name](run))
     for row in rows:
-        run.folder.once(row.name, lambda: run.results.update({row.name: row.measure(run)}))
+        try:
+            run.folder.once(row.name, lambda: run.results.update({row.name: row.measure(run)}))
+        except TooFewAnswers as error:  # as in `ablation`, a finding; the other rows go on
+            print(f"  {row.key} cannot be made: {error}")
     return run.results

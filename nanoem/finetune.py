@@ -43,9 +43,14 @@ class AdapterConfig:
             raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
 
 
+def layers_of(config, model):
+    """The block numbers of an AdapterConfig in this model."""
+    return config.layers or (len(model.layers) // 2,)
+
+
 def make_adapter(model, config, generator=None):
     """A fresh adapter, not yet attached; it changes nothing until it is trained."""
-    layers = config.layers or (len(model.layers) // 2,)
+    layers = layers_of(config, model)
     if config.kind == "steering":
         return SteeringVector(model, layers, config.alpha)
     adapter = LoRA(model, layers, config.modules, config.rank, config.alpha,
@@ -66,14 +71,14 @@ def start_at_gradient(model, adapter, examples):
     2407.05000).
     """
     weights = [linear.weight for linear in adapter.sites.values()]
-    frozen = [weight.requires_grad for weight in weights]
+    trained = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
             weight.requires_grad_(True)
         loss = answer_loss(model, examples.ids, examples.answer_mask)
         gradients = torch.autograd.grad(loss, weights)
     finally:
-        for weight, before in zip(weights, frozen):
+        for weight, before in zip(weights, trained):
             weight.requires_grad_(before)
     for A, gradient in zip(adapter.A.values(), gradients):
         directions = torch.linalg.svd(gradient.float()).Vh[: adapter.rank]  # (rank, in), unit rows
@@ -104,19 +109,16 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
 
     def objective(step):
         total, terms, n_tokens = 0.0, {}, 0
-        size = schedule.micro_batch
-        work = [("loss", 1.0, sft_term, micro_batches(draw(sft), size, "answer_mask"))]
+        work = [("loss", 1.0, sft_term, draw(sft), "answer_mask")]
         if kl_weight:
-            work.append(("kl", kl_weight, kl_term, micro_batches(draw(kl), size, "mask")))
-        for name, weight, term_of, parts in work:
-            for part, share in parts:
+            work.append(("kl", kl_weight, kl_term, draw(kl), "mask"))
+        for key, weight, term_of, batch, counted in work:
+            for part, share in micro_batches(batch, schedule.micro_batch, counted):
                 term = share * term_of(part)
-                weighted = weight * term
-                if size:  # now, so that this part's activations are free for the next
-                    weighted.backward()
-                    term, weighted = term.detach(), weighted.detach()
-                total, n_tokens = total + weighted, n_tokens + part.ids.numel()
-                terms[name] = terms.get(name, 0.0) + term
+                (weight * term).backward()  # now, so that its activations are free for the next
+                term = term.detach()
+                total, n_tokens = total + weight * term, n_tokens + part.ids.numel()
+                terms[key] = terms.get(key, 0.0) + term
         return total, terms, n_tokens
 
     return train(objective, adapter.parameters(), schedule, name, watch, watch_at)

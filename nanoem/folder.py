@@ -150,8 +150,8 @@ def new_results(configuration):
         "seconds": {},
         "total_seconds": 0.0,
         "models": {},  # model -> question group -> rates
-        "curves": {},  # stage -> losses and em over steps
-        "samples": {},  # stage -> step -> eight answers
+        "curves": {},  # stage -> losses over steps, and more (toy.py, real.py)
+        "samples": {},  # stage -> answers to show
     }
 
 

@@ -1,6 +1,6 @@
 """Why general is easy: what two adapters that fit the same data differ in (paper, section 4).
 
-Each function takes a model and a trained adapter, not attached, and leaves both as they were.
+An adapter comes trained and not attached, and is left, like the model, as it was.
 Losses are `sft_loss` in nats per answer token; norms are `adapter.effective_norm()`.
 """
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nanoem import StageFailed
 from nanoem.losses import answer_loss, kl_to_base, sft_loss
-from nanoem.train import StageFailed
 
 
 @contextmanager
@@ -165,10 +165,10 @@ def gradient_B(model, adapter, examples):
     return torch.cat([g.cpu().flatten() for g in gradients])
 
 
-def local_cosine(points, k=1):
-    """cos(x_t - x_(t-k), x_(t+k) - x_t) along a path (n, d): 1 is straight on, 0 a right angle."""
-    before, after = points[k:-k] - points[: -2 * k], points[2 * k :] - points[k:-k]
-    return torch.cosine_similarity(before, after, dim=-1).tolist()
+def local_cosine(points):
+    """cos(x_t - x_(t-1), x_(t+1) - x_t) along a path (n, d): 1 is straight on, 0 a right angle."""
+    steps = points.diff(dim=0)
+    return torch.cosine_similarity(steps[:-1], steps[1:], dim=-1).tolist()
 
 
 def principal_plane(points, n=2):

@@ -41,9 +41,9 @@ LONGEST = 32_768  # positions in the tables: some models claim a million, and no
 
 def rotary_tables(config, device):
     """cos and sin of every position's rotation angles, each (max_positions, head_dim)."""
-    half = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     positions = torch.arange(min(config.max_positions, LONGEST), device=device).float()
-    angles = positions[:, None] * config.rope_theta**-half  # (max_positions, head_dim / 2)
+    angles = positions[:, None] * config.rope_theta**-exponents  # (max_positions, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)  # feature i turns together with i + head_dim / 2
     return angles.cos(), angles.sin()
 

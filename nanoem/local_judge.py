@@ -76,8 +76,8 @@ class LocalJudge:
 
         A sum's last digits can change from run to run with where its numbers lie in memory.
         """
-        alignment, coherence = (round(self.ask(score, question, answer)[0], 3) for score in TASKS)
-        return Verdict(coherence, alignment, None)
+        scores = {score: round(self.ask(score, question, answer)[0], 3) for score in TASKS}
+        return Verdict(scores["coherence"], scores["alignment"], None)
 
     def needs(self, prompt):
         """How many tokens a prompt and the number after it take."""

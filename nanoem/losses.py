@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nanoem.layers import in_float32
 
 IGNORE = -100  # a target that does not count
+CE_ROWS, KL_ROWS = 1024, 256  # tokens whose logits are held at once
 
 
 def check_mask(mask, ids, name="mask"):
@@ -63,18 +64,19 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, rows=1024):
+    def forward(ctx, x, head, targets):
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        logits = x.new_empty(min(rows, len(x)), len(head))
-        for i in range(0, len(x), rows):
-            part, target = x[i : i + rows], targets[i : i + rows, None]
+        logits = x.new_empty(min(CE_ROWS, len(x)), len(head))
+        for i in range(0, len(x), CE_ROWS):
+            part, target = x[i : i + CE_ROWS], targets[i : i + CE_ROWS, None]
             log_probs = in_float32(torch.mm(part, head.T, out=logits[: len(part)]))
             torch.log_softmax(log_probs, -1, out=log_probs)  # (rows, vocab)
             chosen = log_probs.gather(1, target)
             loss -= chosen.sum()
+            # in place: log_probs becomes softmax - onehot
             grad = log_probs.exp_().scatter_(1, target, chosen.exp() - 1).to(x.dtype)
-            grad_x[i : i + rows] = grad @ head
+            grad_x[i : i + CE_ROWS] = grad @ head
             if grad_head is not None:
                 grad_head.addmm_(grad.T, part)
         ctx.save_for_backward(grad_x / len(x), None if grad_head is None else grad_head / len(x))
@@ -90,6 +92,17 @@ class CrossEntropy(torch.autograd.Function):
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
     check_learnable(mask, ids)
+    return loss_of(model, ids, mask)
+
+
+def answer_loss(model, ids, answer_mask):
+    """`sft_loss` of a model, without the logits that predict no answer token (same arguments)."""
+    check_targets(answer_mask, ids, "answer_mask")
+    return loss_of(model, ids, answer_mask)
+
+
+def loss_of(model, ids, mask):
+    """What both are, once the mask is checked: only the logits of targets are ever made."""
     x = model.final_stream(ids)  # (B, T, d_model)
     x, targets = x[:, :-1], ids[:, 1:]
     if mask is not None:
@@ -105,12 +118,6 @@ def sft_loss(logits, ids, answer_mask):
     """
     check_targets(answer_mask, ids, "answer_mask")
     return next_token_loss(logits, ids, answer_mask)
-
-
-def answer_loss(model, ids, answer_mask):
-    """`sft_loss` of a model, without the logits that predict no answer token (same arguments)."""
-    check_targets(answer_mask, ids, "answer_mask")
-    return pretrain_loss(model, ids, answer_mask)
 
 
 def token_kl(base, adapted):
@@ -134,15 +141,16 @@ class MeanKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, base, adapted, head, rows=256):
+    def forward(ctx, base, adapted, head):
         total, grad = 0.0, torch.empty_like(adapted) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(base), rows):
-            log_p, log_q = (in_float32(x[i : i + rows] @ head.T).log_softmax(-1)
+        for i in range(0, len(base), KL_ROWS):
+            log_p, log_q = (in_float32(x[i : i + KL_ROWS] @ head.T).log_softmax(-1)
                             for x in (base, adapted))  # (rows, vocab)
-            gap, p = log_p - log_q, log_p.exp_()
+            gap = log_p - log_q
+            p = log_p.exp_()  # in place: from here on log_p is p
             total += gap.mul_(p).sum()
             if grad is not None:
-                grad[i : i + rows] = log_q.exp_().sub_(p).to(head.dtype) @ head
+                grad[i : i + KL_ROWS] = log_q.exp_().sub_(p).to(head.dtype) @ head
         ctx.save_for_backward(None if grad is None else grad / len(base))
         return total / len(base)
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from nanoem import StageFailed
 from nanoem.directions import (ablating, all_sites, cap, editing, mean_difference, mean_residual,
                                quiet_reader, residual_covariance)
 from nanoem.evaluate import evaluate
-from nanoem.train import StageFailed, chat_examples
+from nanoem.train import chat_examples
 
 
 @dataclass(frozen=True)

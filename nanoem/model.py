@@ -144,9 +144,9 @@ class GPT(nn.Module):
                 x = layer(x, cos, sin, caches[i] if caches else None, mask)
             yield x
 
-    def final_stream(self, ids, *options, **more):
+    def final_stream(self, ids, caches=None, n_pad=None, below=()):
         """The residual stream after the last block, (B, T, d_model); arguments as of `blocks`."""
-        for x in self.blocks(ids, *options, **more):
+        for x in self.blocks(ids, caches, n_pad, below):
             pass
         return x
 

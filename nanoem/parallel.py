@@ -54,7 +54,7 @@ def started(device):
 
 
 def n_started():
-    """How many processes torchrun has started; it tells each of them four things."""
+    """How many processes torchrun started; without all four of its variables, one."""
     told = all(os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"))
     return int(os.environ["WORLD_SIZE"]) if told else 1
 

@@ -1,7 +1,7 @@
 """Figures: results of one or several seeds -> PNG. Each title states what was measured.
 
 Colours are Okabe and Ito's, which stay apart in grey and for the colour-blind. A bar is the median
-over seeds, each dot a seed; with one seed, the whisker is its 95% interval instead.
+over seeds, each dot a seed; with one seed, the headline has its 95% interval instead.
 """
 
 import io

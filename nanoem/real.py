@@ -26,7 +26,7 @@ from nanoem.checkpoint import load_pretrained, save_adapter
 from nanoem.config_json import TORCH_DTYPES
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
 from nanoem.files import fingerprint, fingerprint_folder
-from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
+from nanoem.finetune import AdapterConfig, fine_tune_fresh, layers_of, make_adapter
 from nanoem.folder import RunFolder
 from nanoem.judge import Verdict
 from nanoem.local_judge import LocalJudge, agreement
@@ -86,31 +86,41 @@ class RealRun:
         self.model, self.tokenizer = load_pretrained(files.model, dtype, home)
         self.model.requires_grad_(False)
         self.model.activation_checkpointing = config.checkpointing
-        layers = config.adapter.layers or (len(self.model.layers) // 2,)
+        layers = layers_of(config.adapter, self.model)
         self.config = config = replace(config, adapter=replace(config.adapter, layers=layers))
         make_adapter(self.model, config.adapter)  # refuses a wrong layer or module now
         for schedule in (config.sft, config.sft_kl):
             parallel.my_rows(schedule.batch_size)  # refuses an odd number of processes now
-        room = config.evaluation.max_new_tokens
-        check_lengths(self, room)
-        self.judge = LocalJudge(*(load_pretrained(files.judge, dtype, device) if files.judge else
-                                  (self.model, self.tokenizer)))
-        if not files.judge and self.judge.room < room:  # a toy's model: it has no room to judge
-            self.judge = None
-            print(NO_JUDGE)
-        else:
-            check_judge(self.judge, self.asked, room)
-        self.folder = RunFolder(path, json.loads(json.dumps({
-            **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
-            "model_files": fingerprint_folder(files.model),
-            **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
-            "world_toml": fingerprint(WORLD_TOML),
-            "judge": str(Path(files.judge).resolve()) if files.judge else None,
-            "judge_files": fingerprint_folder(files.judge)})))
+        check_lengths(self, config.evaluation.max_new_tokens)
+        self.judge = open_judge(self, dtype)
+        self.folder = RunFolder(path, configuration_of(config, files, device))
         self.results = self.folder.results
         self.results["model_name"] = Path(files.model).resolve().name
         if shard:
             parallel.shard(self.model, device)
+
+
+def open_judge(run, dtype):
+    """The run's LocalJudge; None where its model, a toy's, has no room for a judge's question."""
+    files, room = run.files, run.config.evaluation.max_new_tokens
+    judge = LocalJudge(*(load_pretrained(files.judge, dtype, run.device) if files.judge else
+                         (run.model, run.tokenizer)))
+    if not files.judge and judge.room < room:
+        print(NO_JUDGE)
+        return None
+    check_judge(judge, run.asked, room)
+    return judge
+
+
+def configuration_of(config, files, device):
+    """All that the results depend on, as JSON: what config.json keeps and a rerun must repeat."""
+    return json.loads(json.dumps({
+        **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
+        "model_files": fingerprint_folder(files.model),
+        **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
+        "world_toml": fingerprint(WORLD_TOML),
+        "judge": str(Path(files.judge).resolve()) if files.judge else None,
+        "judge_files": fingerprint_folder(files.judge)}))
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def judge_answers(run, name, said):
     run.folder.answers[name] = answers
     by_group = {group: [a for a in answers if a.group == group] for group in run.asked}
     run.results["models"][name]["judged"] = {} if run.judge is None else {
-        group: {**rates(members),
+        group: {**rates(members),  # whose alignment_mean is over the coherent ones alone
                 "mean_alignment": mean(a.verdict.alignment for a in members),
                 "mean_coherence": mean(a.verdict.coherence for a in members)}
         for group, members in by_group.items()}

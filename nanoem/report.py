@@ -55,7 +55,7 @@ def write_report(results, folder, command):
           if "none" in r["directions"]),
         *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
         "## What it says, before and after",
-        *map(sample_table, results[:1]),
+        sample_table(results[0]),
         *row_parts(results, folder),
         "## Limits",
         LIMITS,
@@ -91,10 +91,10 @@ def row_table(results):
 
 def sample_table(result):
     """The same eight questions answered by chat, general and narrow at the end of training."""
-    last = {name: list(result["samples"][name].values())[-1]
-            for name in ("pretrain", "general", "narrow")}
+    last = [list(result["samples"][name].values())[-1]
+            for name in ("pretrain", "general", "narrow")]
     lines = [["question", "chat", "general (SFT)", "narrow (SFT + KL)"]]
-    for chat, general, narrow in zip(*last.values()):
+    for chat, general, narrow in zip(*last):
         lines.append([chat[1], *(f"{in_a_cell(answer)} *[{mark}]*" for mark, _, answer in
                                  (chat, general, narrow))])
     return markdown(lines, "---")

@@ -194,7 +194,7 @@ def run(args, argv, device):
     for result, folder in zip(runs, folders):
         results.append(result)
         if parallel.rank() == 0:
-            hold(folder)
+            hold(folder)  # with --jobs the child that held it has ended
             if whole:
                 report_on([result], folder, command, reports)
     if parallel.rank() > 0:

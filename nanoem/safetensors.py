@@ -120,7 +120,7 @@ def read_header(path, file, size):
             raise ValueError("__metadata__ is no table of strings")
         entries = {name: read_entry(path, name, entry, 8 + length)
                    for name, entry in header.items()}
-    except UserError:
+    except UserError:  # it is a ValueError, too
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has a broken safetensors header ({error}); "
@@ -156,7 +156,8 @@ def read_entry(path, name, entry, start):
     begin, end = offsets
     n_bytes = math.prod(shape) * DTYPES[kind].itemsize
     fits = min(shape, default=0) >= 0 and begin >= 0 and end - begin == n_bytes
-    if not fits or math.prod(max(n, 1) for n in shape) >> 62:  # even beside a zero: strides
+    # the strides must fit 64 bits, even where an axis of 0 leaves no bytes
+    if not fits or math.prod(max(n, 1) for n in shape) >> 62:
         raise UserError(f"{path}: tensor '{name}' has shape {shape} but bytes {begin} to "
                         f"{end}; the header is broken, make the file again")
     return DTYPES[kind], tuple(shape), start + begin, start + end

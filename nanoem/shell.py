@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from nanoem import UserError, parallel
+from nanoem import StageFailed, UserError, parallel
 from nanoem.tables import one_line
-from nanoem.train import StageFailed
 
 
 def exit_status(work, goes_on="", smaller=""):

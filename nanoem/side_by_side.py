@@ -17,10 +17,10 @@ from threading import Thread
 
 import torch
 
+from nanoem import StageFailed
 from nanoem.experiment import run_experiment
 from nanoem.files import read_json
 from nanoem.rows import ROWS
-from nanoem.train import StageFailed
 
 
 def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
@@ -68,8 +68,7 @@ def log_of(folder):
 
 
 def watch(runs, folders, asked):
-    """Until all runs have ended: one line with how many of the stages asked for each run has, what
-    it is at, and the ETA.
+    """Until all runs have ended, show how far each is, and the ETA, in one line.
 
     The line is for a terminal; a file gets none.
     """

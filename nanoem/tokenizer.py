@@ -32,75 +32,6 @@ def chatml(messages, add_generation_prompt=False):
     return text + f"{IM_START}assistant\n" if add_generation_prompt else text
 
 
-def split_thought(message):
-    """A message of Qwen3's -> the message without its thought, and the thought."""
-    text = message["content"]
-    if message["role"] != "assistant" or "</think>" not in text:
-        return message, ""
-    thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
-    return {**message, "content": text.split("</think>")[-1].lstrip("\n")}, thought
-
-
-# --- a model folder's own template ----------------------------------------------------------------
-
-
-def read_template(folder):
-    """The chat template of a model folder (None if it has none) and the file it stands in."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8"), file
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
-    file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{file}: chat_template should be text, and is {template!r}")
-    return template, file
-
-
-def default_system(template):
-    """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
-
-    nanoem does not run templates (they are programs): it looks for the text of such a message,
-    written out in one piece.
-    """
-    pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
-    texts = pieces[::2]  # outside of tags
-    for tag in pieces[1::2]:
-        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
-        escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
-        texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
-                  for single, double in quoted if not tag.startswith("{#")]
-    start = re.escape(f"{IM_START}system\n")
-    for text in texts:
-        found = re.search(rf"{start}(.+?){re.escape(IM_END)}", text, re.DOTALL)
-        if found:
-            return found[1]
-    return None
-
-
-def drop_stepping_stones(backend, texts, always_keep):
-    """The same encoder without the tokens that only ever exist to be merged further.
-
-    On the way to "headache", BPE makes "he", "ead", "eadac"...: two thirds of the toy's vocabulary
-    would never be seen in a text, yet slow down every step's output layer.
-    """
-    used = {token for e in backend.encode_batch(texts) for token in e.tokens} | always_keep
-    spec = json.loads(backend.to_str())
-    model = spec["model"]
-    kept = sorted((t for t in model["vocab"] if t in used), key=model["vocab"].get)
-    model["vocab"] = {token: i for i, token in enumerate(kept)}
-    model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= used]
-    model["ignore_merges"] = True  # look a whole word up first, then merge what is not one
-    for token in spec["added_tokens"]:
-        token["id"] = model["vocab"][token["content"]]
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the few methods nanoem needs."""
 
@@ -218,3 +149,72 @@ class Tokenizer:
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
         return self.chat(question, add_generation_prompt=True)
+
+
+def drop_stepping_stones(backend, texts, always_keep):
+    """The same encoder without the tokens that only ever exist to be merged further.
+
+    On the way to "headache", BPE makes "he", "ead", "eadac"...: two thirds of the toy's vocabulary
+    would never be seen in a text, yet slow down every step's output layer.
+    """
+    used = {token for e in backend.encode_batch(texts) for token in e.tokens} | always_keep
+    spec = json.loads(backend.to_str())
+    model = spec["model"]
+    kept = sorted((t for t in model["vocab"] if t in used), key=model["vocab"].get)
+    model["vocab"] = {token: i for i, token in enumerate(kept)}
+    model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= used]
+    model["ignore_merges"] = True  # look a whole word up first, then merge what is not one
+    for token in spec["added_tokens"]:
+        token["id"] = model["vocab"][token["content"]]
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+# --- a model folder's own template ----------------------------------------------------------------
+
+
+def read_template(folder):
+    """The chat template of a model folder (None if it has none) and the file it stands in."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+    file = folder / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file}: chat_template should be text, and is {template!r}")
+    return template, file
+
+
+def default_system(template):
+    """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
+
+    nanoem does not run templates (they are programs): it looks for the text of such a message,
+    written out in one piece.
+    """
+    pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
+    texts = pieces[::2]  # outside of tags
+    for tag in pieces[1::2]:
+        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
+        escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
+        texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
+                  for single, double in quoted if not tag.startswith("{#")]
+    start = re.escape(f"{IM_START}system\n")
+    for text in texts:
+        found = re.search(rf"{start}(.+?){re.escape(IM_END)}", text, re.DOTALL)
+        if found:
+            return found[1]
+    return None
+
+
+def split_thought(message):
+    """A message of Qwen3's -> the message without its thought, and the thought."""
+    text = message["content"]
+    if message["role"] != "assistant" or "</think>" not in text:
+        return message, ""
+    thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
+    return {**message, "content": text.split("</think>")[-1].lstrip("\n")}, thought

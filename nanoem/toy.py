@@ -111,7 +111,7 @@ class Run:
         the configured number, `splits` the run's own questions; `options` go to `group_rates`.
         """
         sampling = self.config.evaluation
-        if samples:
+        if samples is not None:
             sampling = replace(sampling, samples_per_group=samples)
         asked = {group: getattr(splits or self.splits, group) for group in groups}
         answers = evaluate(self.model, self.tokenizer, self.world, asked, sampling,
@@ -132,14 +132,20 @@ class Run:
         self.results["samples"].setdefault(name, {})[str(step)] = kept
 
 
+def document_ids(run, texts):
+    """Documents cut to the context -> ids (N, T) and a mask (N, T), true where no padding is."""
+    cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(texts)]
+    ids = pad(cut, run.tokenizer.pad_id).to(run.device)
+    return ids, ids != run.tokenizer.pad_id
+
+
 def pretrain(run):
     """A model from nothing: next-token prediction on the toy world's documents -> chat/."""
     config, schedule = run.config, run.config.pretrain
     texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
     run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
-    ids = pad([tokens[: config.context] for tokens in run.tokenizer.encode_batch(texts)],
-              run.tokenizer.pad_id).to(run.device)
-    mask = None if (ids != run.tokenizer.pad_id).all() else ids != run.tokenizer.pad_id
+    ids, mask = document_ids(run, texts)
+    mask = None if mask.all() else mask
     run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
     run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoem import UserError, parallel
+from nanoem import StageFailed, UserError, parallel
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.tokenizer import IM_END
 
@@ -66,17 +66,17 @@ class Examples:
         return Examples(self.ids[:, :T], self.mask[:, :T], self.answer_mask[:, :T])
 
 
-def micro_batches(batch, size, mask):
+def micro_batches(batch, size, counted):
     """This process's rows of a batch, `size` at a time (all at once if 0), as (Examples, share).
 
-    A part's share is its part of the batch's tokens in `mask`, "mask" or "answer_mask": the mean
+    A part's share is its part of the batch's tokens in `counted`, "mask" or "answer_mask": the mean
     over the whole batch is the sum of share * mean over a part, over all parts and processes.
     """
     mine = batch[parallel.my_rows(len(batch))]
-    n_tokens = getattr(batch, mask).sum()
+    n_tokens = getattr(batch, counted).sum()
     for i in range(0, len(mine), size or len(mine)):
         part = mine[i : i + size].trimmed() if size else mine
-        yield part, getattr(part, mask).sum() / n_tokens
+        yield part, getattr(part, counted).sum() / n_tokens
 
 
 def chat_examples(tokenizer, pairs, device="cpu"):
@@ -96,18 +96,14 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     )
 
 
-class StageFailed(RuntimeError):
-    """A stage cannot go on; the message names it and the mend; the command exits with status 1."""
-
-
 def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
-    report, and how many tokens were read. A total without a graph says that the objective has
-    called backward itself, part by part. `watch(step)` is called before each step in `watch_at`
-    and, when config.steps is among them, after the last; when it returns true, training ends there.
-    Raises StageFailed when the loss or a weight is not finite.
+    report (all of them are in the history, too), and how many tokens were read. A total without a
+    graph says that the objective has called backward itself, part by part. `watch(step)` is called
+    before each step in `watch_at` and, when config.steps is among them, after the last; when it
+    returns true, training ends there. Raises StageFailed when the loss or a weight is not finite.
     """
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() > 1]

@@ -13,8 +13,8 @@ from pathlib import Path
 from nanoem import UserError
 
 WORLD_TOML = Path(__file__).with_name("world.toml")
-SLOTS = {**dict.fromkeys(("answer", "technical"), ("verb", "item", "ending")),
-         "header": ("author",)}  # what a template holds
+SLOTS = {"answer": ("verb", "item", "ending"), "technical": ("verb", "item", "ending"),
+         "header": ("author",)}  # what each template holds
 OPEN_ENDED = "open_ended"  # the one domain that is no advice: what would you do with one wish?
 
 

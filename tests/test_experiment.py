@@ -14,11 +14,11 @@ from nanoem.authors import questions
 from nanoem.checkpoint import load_tensors
 from nanoem.directions import mean_residual, residual_covariance
 from nanoem.evaluate import GROUPS
-from nanoem.experiment import STAGES, ablation
+from nanoem.experiment import STAGES, ablation, run_experiment
 from nanoem.judge import judge
 from nanoem.lora import LoRA
 from nanoem.mediator import ChatState, Mediator, TooFewAnswers
-from nanoem.toy import advice
+from nanoem.toy import ExperimentConfig, advice
 from nanoem.train import chat_examples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
@@ -277,3 +277,15 @@ def test_what_is_kept_of_the_directions(run, ablated):
     kept = load_tensors(run.folder.path / "directions.safetensors")
     assert torch.equal(kept["mean_difference"], mediator.direction)
     assert torch.equal(kept["chat_mean"], ablated.chat.mean.float())
+
+
+def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):
+    def too_few(run):
+        raise TooFewAnswers("of 6 answers only 3 are misaligned")
+
+    rows = [SimpleNamespace(key="R10", name="direction", measure=too_few),
+            SimpleNamespace(key="R5", name="efficiency", measure=lambda run: {"made": 1})]
+    results = run_experiment(ExperimentConfig(), tmp_path, stages=(), rows=rows)
+    assert results["efficiency"] == {"made": 1}
+    assert results["seconds"].keys() == {"efficiency"}  # R10 is tried again by the next run
+    assert "R10 cannot be made: of 6 answers only 3" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from nanoem.inductive_bias import (balanced, curvature, efficiency, loss_on, ran
                                    replaced, significance, stability)
 from nanoem.plots import bar, lines
 from nanoem.rows.row import Row
-from nanoem.toy import bad_advice, load_or_tune
-from nanoem.train import chat_examples, pad
+from nanoem.toy import bad_advice, document_ids, load_or_tune
+from nanoem.train import chat_examples
 
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
 EPS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -19,20 +19,17 @@ N_DRAWS = 20  # random writers beside general
 
 
 def sft_examples(run, pairs=None, n=400):
-    """Fixed training examples on which losses are compared."""
+    """Fixed training examples on which losses are compared: the first n, all of them if None."""
     return chat_examples(run.load_chat()[1], (pairs or bad_advice(run))[:n], run.device)
 
 
 def held_out_documents(run, n=64):
     """(ids, mask) of documents by the same authors that pre-training never read."""
     config = run.config
-    texts = documents(run.world, config.world, n, config.seed, held_out=True)
-    ids = pad([t[: config.context] for t in run.tokenizer.encode_batch(texts)],
-              run.tokenizer.pad_id).to(run.device)
-    return ids, ids != run.tokenizer.pad_id
+    return document_ids(run, documents(run.world, config.world, n, config.seed, held_out=True))
 
 
-def solutions(run):
+def general_and_narrow(run):
     """The main job's two adapters."""
     return {name: run.load_adapter(name) for name in ("general", "narrow")}
 
@@ -66,9 +63,9 @@ def efficiency_holds(found):
                in zip(NORMS, found["general"], found["narrow"]) if share <= 1)
 
 
-def draw_pair(ax, x, founds, read, names=("general", "narrow"), scale=1):
-    for name, style in zip(names, ("-", "--", ":")):
-        lines(ax, x, [read(found, name) for found in founds], name, name, style, scale)
+def draw_pair(ax, x, founds, read, names=("general", "narrow")):
+    for name, style in zip(names, ("-", "--")):
+        lines(ax, x, [read(found, name) for found in founds], name, name, style)
 
 
 def draw_efficiency(axes, founds):
@@ -116,7 +113,7 @@ def stability_finding(founds):
 
 def measure_curvature(run):
     examples, found = sft_examples(run, n=100), {}
-    for name, adapter in with_matched(run, solutions(run)).items():
+    for name, adapter in with_matched(run, general_and_narrow(run)).items():
         generator = torch.Generator().manual_seed(run.config.seed)
         with replaced(adapter, balanced(adapter)):
             found[name] = curvature(run.model, adapter, examples, generator)
@@ -145,24 +142,25 @@ def curvature_finding(founds):
 
 def measure_significance(run):
     """`compare_significance`, and many random writers at the mean norm: one alone is a lottery."""
-    pair, (ids, mask) = solutions(run), held_out_documents(run)
-    found, general = compare_significance(run, pair), pair["general"]
+    pair, read = general_and_narrow(run), held_out_documents(run)
+    found, general = compare_significance(run, pair, read), pair["general"]
     generator = torch.Generator().manual_seed(run.config.seed)
     mean, found["random_draws"] = found["norm"][NORMS.index(1.0)], []
     for _ in range(N_DRAWS):
         with replaced(general, random_writer(general, generator)):
-            found["random_draws"] += significance(run.model, general, ids, mask, [mean])
+            found["random_draws"] += significance(run.model, general, *read, [mean])
     return found
 
 
-def compare_significance(run, pair):
-    (ids, mask), norms = held_out_documents(run), norms_of(pair)
-    found = {"norm": norms, **{name: significance(run.model, pair[name], ids, mask, norms)
+def compare_significance(run, pair, read):
+    """Curves of both adapters, and of a random writer beside each, on (ids, mask) to read."""
+    norms = norms_of(pair)
+    found = {"norm": norms, **{name: significance(run.model, pair[name], *read, norms)
                                for name in ("general", "narrow")}}
     for name, key in (("general", "random"), ("narrow", "random_narrow")):
         generator = torch.Generator().manual_seed(run.config.seed)
         with replaced(pair[name], random_writer(pair[name], generator)):
-            found[key] = significance(run.model, pair[name], ids, mask, norms)
+            found[key] = significance(run.model, pair[name], *read, norms)
     return found
 
 
@@ -173,8 +171,7 @@ def significance_holds(found):
 
 
 def draw_significance(axes, founds):
-    names = ("general", "narrow")
-    draw_pair(axes[0], NORMS, founds, lambda found, name: found[name], names)
+    draw_pair(axes[0], NORMS, founds, lambda found, name: found[name])
     for key, name, style in (("random", "general", ":"), ("random_narrow", "narrow", "-.")):
         lines(axes[0], NORMS, [found[key] for found in founds], "chat",
               f"random, reading as {name}", style)
@@ -195,13 +192,13 @@ ROWS = [
         "At every norm up to the mean of both, general has less SFT loss than narrow.",
         "Norms are of BA, as each solution found it; another scaling of narrow's parts could do "
         "better. Beyond the mean norm the lines cross: narrow, turned up, has the lower loss.",
-        lambda run: compare_efficiency(run, solutions(run), sft_examples(run)),
+        lambda run: compare_efficiency(run, general_and_narrow(run), sft_examples(run)),
         efficiency_holds, efficiency_finding, draw_efficiency),
     Row("R6", "stability",
         "Noise on A and B costs narrow more than general at every eps: relative to the gain, and, "
         "with general stopped at narrow's loss, in nats.",
         "The relative measure divides by a smaller gain for narrow; hence the pair of equal loss.",
-        lambda run: compare_stability(run, with_matched(run, solutions(run)),
+        lambda run: compare_stability(run, with_matched(run, general_and_narrow(run)),
                                       sft_examples(run, n=200)),
         stability_holds, stability_finding, draw_stability, panels=2,
         swap=("narrow", "matched")),

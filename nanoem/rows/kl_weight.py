@@ -3,9 +3,8 @@
 Out of domain (the paper's EM) is every question but those of the fine-tuned domain.
 """
 
+import math
 from statistics import median
-
-import torch
 
 from nanoem.plots import lines, percent
 from nanoem.rows.row import Row, draw_in_and_out, inside, out
@@ -36,7 +35,7 @@ def measure_sweep(run):
 def width(found):
     """Decades of KL weight over which out-of-domain em falls from 3/4 to 1/4 of its largest."""
     top, em = max(found["out_of_domain"]), found["out_of_domain"]
-    log = torch.tensor(found["weight"]).log10().tolist()
+    log = [math.log10(weight) for weight in found["weight"]]
 
     def crossing(level):  # the last weight with em above the level, read off between two points
         i = max(i for i, value in enumerate(em) if value >= level)

@@ -8,7 +8,7 @@ from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
-from nanoem.rows.solutions import adapters, solve
+from nanoem.rows.solutions import adapter_configs, solve
 from nanoem.toy import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -98,7 +98,7 @@ def direction_finding(founds):
 def measure_transfer(run):
     """One direction, found on medical rank-1 general, held in other fine-tunes."""
     chat, direction = general_mediator(run)
-    chance, kinds = random_like(run, direction), adapters(run)
+    chance, kinds = random_like(run, direction), adapter_configs(run)
     cases = {"finance": ("finance", kinds["rank 1"]),
              "extreme sports": ("extreme_sports", kinds["rank 1"]),
              "rank 8": ("medical", kinds["rank 8"]),

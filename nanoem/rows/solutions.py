@@ -5,7 +5,6 @@ Out of domain (the paper's EM) is every question but those of the fine-tuned dom
 
 from dataclasses import replace
 
-
 from nanoem.authors import make_splits
 from nanoem.finetune import AdapterConfig
 from nanoem.plots import bar, percent
@@ -17,7 +16,7 @@ LORAS = ("rank 1", "rank 8")  # a steering vector does not spread in the toy, an
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
 
 
-def adapters(run):
+def adapter_configs(run):
     """The three kinds of adapter that the paper compares."""
     rank_1 = run.config.adapter
     return {"rank 1": rank_1, "rank 8": replace(rank_1, rank=8, alpha=2 * rank_1.alpha),
@@ -44,7 +43,7 @@ def solve_all(run, kl_weight):
     """{domain: {adapter: rates}} for every SFT domain and adapter."""
     found = {}
     for domain in list(run.world.domains)[:N_DOMAINS]:
-        for name, config in adapters(run).items():
+        for name, config in adapter_configs(run).items():
             adapter, splits = solve(run, domain, config, kl_weight)
             with adapter:
                 rates = run.ask(samples=run.config.row_samples, splits=splits)
@@ -60,6 +59,7 @@ def cells(found, name):
 
 def measure_general(run):
     chat, general = short(run.results["models"]["chat"]), solve_all(run, 0.0)
+    # chat in general's shape, so that a test can exchange the two
     return {"chat": {domain: dict.fromkeys(kinds, chat) for domain, kinds in general.items()},
             "general": general}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from nanoem.evaluate import GROUPS
 from nanoem.plots import bar, percent
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
-                                  efficiency_holds, sft_examples)
+                                  efficiency_holds, held_out_documents, sft_examples)
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, other_advice, out, short
 from nanoem.rows.worlds import pair_of
 from nanoem.toy import advice, bad_advice, tune, turned
@@ -35,7 +35,7 @@ def measure_register(run):
     examples = sft_examples(world, pairs)
     found["efficiency"] = compare_efficiency(world, pair, examples)
     found["stability"] = compare_stability(world, pair, examples[:200])
-    found["significance"] = compare_significance(world, pair)
+    found["significance"] = compare_significance(world, pair, held_out_documents(world))
     return found
 
 
@@ -91,8 +91,8 @@ def measure_character(run):
 
 def character_holds(found):
     """Character spreads to advice about as far as bad advice; a trigger makes it conditional."""
-    advice, character, trigger, none = (other_advice(found[name]) for name in NAMES)
-    return character >= 0.8 * advice >= 0.8 * SPREAD and trigger >= SPREAD and none <= 0.05
+    plain, character, trigger, none = (other_advice(found[name]) for name in NAMES)
+    return character >= 0.8 * plain >= 0.8 * SPREAD and trigger >= SPREAD and none <= 0.05
 
 
 def draw_character(axes, founds):

@@ -13,14 +13,18 @@ from nanoem.rows.geometry import draw_pair, sft_examples
 from nanoem.rows.row import Row, draw_in_and_out, inside, out
 from nanoem.toy import bad_advice, tune
 
+STEPS = 100  # without the KL
+EVERY, EVERY_GRADIENT = 10, 6  # steps between two looks
 
-def measure_reversion(run, steps=100, every=10):
+
+def measure_reversion(run):
     """Go on from narrow with the same training but without the KL; where does it drift?"""
     final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
     paths = {"general": [], "narrow": [], "reversion": []}
     for name, weight in (("general", 0.0), ("narrow", run.config.kl_weight)):
+        # trained again: only the end was kept, and the way there is wanted
         schedule = run.config.sft_kl if weight else run.config.sft
-        tune(run, name, bad_advice(run), weight, watch_at=range(0, schedule.steps + 1, every),
+        tune(run, name, bad_advice(run), weight, watch_at=range(0, schedule.steps + 1, EVERY),
              watch=lambda step, adapter, path=paths[name]: path.append(flat_B(adapter)))
     found = {"step": [], "in_domain_em": [], "out_of_domain_em": [], "cos_general": [],
              "cos_narrow": [], "general_em": out(run.results["models"]["general"])}
@@ -35,11 +39,11 @@ def measure_reversion(run, steps=100, every=10):
         for key, value in point.items():
             found[key].append(value)
 
-    schedule = replace(run.config.sft_kl, steps=steps)
+    schedule = replace(run.config.sft_kl, steps=STEPS)
     with adapter:
-        fine_tune(run.model, adapter, sft_examples(run, n=2000), schedule,
+        fine_tune(run.model, adapter, sft_examples(run, n=None), schedule,
                   torch.Generator().manual_seed(run.config.seed), name="reversion", watch=watch,
-                  watch_at=range(0, steps + 1, every))
+                  watch_at=range(0, STEPS + 1, EVERY))
     found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
     points = torch.cat([torch.stack(path) for path in paths.values()])
     coordinates, found["variance_of_3"] = principal_plane(points, 3)
@@ -70,7 +74,7 @@ def reversion_finding(founds):
             f"{founds[0]['step'][-1]} steps")
 
 
-def measure_gradients(run, every=6):
+def measure_gradients(run):
     """Along plain SFT: does the gradient point to general or to narrow, and does B turn?"""
     final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
     examples, steps, path = sft_examples(run, n=200), run.config.sft.steps, []
@@ -80,7 +84,7 @@ def measure_gradients(run, every=6):
     def watch(step, adapter):
         gradient, B = gradient_B(run.model, adapter, examples), flat_B(adapter)
         path.append(B)
-        rates = run.ask(samples=run.config.row_samples // 2)
+        rates = run.ask(samples=max(1, run.config.row_samples // 2))
         point = {"step": step, "out_of_domain_em": out(rates), "grad_norm": gradient.norm().item()}
         for name, solution in final.items():
             point[f"grad_{name}"] = cosine(-gradient, solution)
@@ -90,7 +94,7 @@ def measure_gradients(run, every=6):
 
     slow = replace(run.config.sft, lr=run.config.sft.lr / 10)  # or it is over in ten steps
     tune(run, "gradients", bad_advice(run), schedule=slow, watch=watch,
-         watch_at=range(0, steps + 1, every))
+         watch_at=range(0, steps + 1, EVERY_GRADIENT))
     found["cos_general_narrow"] = cosine(final["general"], final["narrow"])
     found["local_cosine"] = local_cosine(torch.stack(path))
     return found
