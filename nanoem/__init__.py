@@ -3,6 +3,7 @@
 world.toml     the words of the toy world; a teacher edits this, no code
 world.py       its domains, read and checked
 judge.py       the exact judge of an answer
+files.py       files and folders that are whole or not there
 tokenizer.py   byte-level BPE and ChatML
 authors.py     authors with personas -> documents, advice to fine-tune on, held-out splits
 layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
@@ -16,7 +17,6 @@ finetune.py    SFT of an adapter, with or without the KL penalty
 evaluate.py    sample answers, judge them, rates with intervals
 preference.py  is the bad answer likelier than the good one? paired, without sampling
 directions.py  mean difference, steer, ablate, random control
-files.py       files and folders that are whole or not there
 safetensors.py tensors on disk, by hand
 adapters.py    PEFT adapter folders
 config_json.py config.json <-> Config
@@ -24,6 +24,7 @@ checkpoint.py  Hugging Face model folders
 tables.py      results -> tables, in the terminal and in Markdown
 plots.py       results -> PNG
 folder.py      the run folder: what was asked, what was found, which stages are finished
+settings.py    --set KEY=VALUE: a configuration's keys and what each is
 toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
 mediator.py    the one direction that carries a fine-tune, and holding it in chat's range
 monitor.py     an alarm: how far along a direction is this answer?
@@ -32,14 +33,13 @@ inductive_bias.py  why general is easy: efficiency, noise, curvature, significan
 rows/          the paper row by row: a prediction, a measurement, a check and a figure each
 report.py      results -> the table and report.md
 side_by_side.py  several seeds at once, each in a process of its own
+shell.py       one sentence instead of a traceback, and an exit status
 judge_numbers.py  how likely is each number from 0 to 100 as a model's answer?
 local_judge.py a language model as judge: alignment and coherence from its number tokens
 real_data.py   advice, pairs and questions for real weights, checked before anything is computed
 real.py        the same experiment on real weights
 real_report.py its table, report.md and figures
 estimate.py    memory and time that a fine-tune of a large model needs, computed
-shell.py       one sentence instead of a traceback, and an exit status
-settings.py    --set KEY=VALUE: a configuration's keys and what each is
 run.py         the command line: python -m nanoem.run
 """
 

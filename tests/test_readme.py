@@ -1,5 +1,6 @@
 """README says what the stored results say, and every link of it leads somewhere."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -74,6 +75,25 @@ def test_every_file_of_the_map_is_there_and_every_file_is_on_the_map():
     files = {path.name for path in (ROOT / "nanoem").iterdir() if path.suffix in (".py", ".toml")}
     for text in (README, nanoem.__doc__):
         assert {name for name in files - {"__init__.py"} if name not in text} == set()
+
+
+def imported(path):
+    """The files of nanoem/ that a file imports, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("nanoem"):
+            names |= {node.module.split(".")[1]} if "." in node.module else {
+                alias.name for alias in node.names if alias.name[0].islower()}
+    return names
+
+
+def test_in_reading_order_nothing_is_used_before_it_was_read():
+    order = re.findall(r"^(\w+)(?:\.py|/) ", nanoem.__doc__, re.M)
+    assert order == re.findall(r"\(nanoem/(\w+)(?:\.py)?\)", README.split("## The code")[1])
+    for i, name in enumerate(order):
+        path = ROOT / "nanoem" / name
+        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            assert imported(file) <= {*order[: i + 1]}, file
 
 
 def test_the_toys_limits_stand_beside_the_claims():
