@@ -120,16 +120,19 @@ def read_by_chat(chat, direction, sites=None, ridge=0.1):
     return readings
 
 
-def holding(run, chat, direction, sites=None):
+def holding(run, chat, direction, sites=None, along=None):
     """Inside, the direction (n_sites, d_model) is held in chat's range, at all sites or at some.
 
     Whatever lies more than one standard deviation above the mean of chat's answers is taken away.
+    A control: with `along` (n_sites, d_model) as much is taken away along that instead.
     """
-    def edit(one):
-        return lambda x: cap(x, one.direction, one.mean + one.sd, one.reader)
+    taken = dict(zip(chat.sites, direction if along is None else along))
+
+    def edit(site, one):
+        return lambda x: cap(x, taken[site], one.mean + one.sd, one.reader)
 
     readings = read_by_chat(chat, direction, sites)
-    return editing(run.model, {site: edit(one) for site, one in readings.items()})
+    return editing(run.model, {site: edit(site, one) for site, one in readings.items()})
 
 
 def setting(run, chat, direction, sites=None, ridge=0.1):

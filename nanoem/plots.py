@@ -137,7 +137,7 @@ def draw_row(row, results, folder):
     title = f"{row.key}. {row.title(founds)}"
     n_lines = -(-len(title) // 95)  # of about equal length
     figure.suptitle(textwrap.fill(title, len(title) // n_lines + 8), fontsize=10)
-    note_seeds(figure, results, "bars and thick lines: median; dots and thin lines: seeds")
+    note_seeds(figure, results, row.note)
     return save(figure, Path(folder) / f"{row.name}.png")
 
 

@@ -11,8 +11,8 @@ from nanoem import mediator
 from nanoem.authors import Question
 from nanoem.evaluate import GROUPS, Answer
 from nanoem.judge import Verdict
-from nanoem.mediator import (ChatState, TooFewAnswers, chat_state, find_mediator, read_by_chat,
-                             said, setting, training_problems)
+from nanoem.mediator import (ChatState, TooFewAnswers, chat_state, find_mediator, holding,
+                             read_by_chat, said, setting, training_problems)
 from nanoem.toy import advice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
@@ -178,3 +178,17 @@ def test_a_reading_is_of_chats_tokens_with_a_tenth_of_their_variance_as_ridge(ru
         run.model(torch.arange(9)[None])
         handle.remove()
     assert torch.allclose(after[0].double() @ reader, torch.tensor(one.mean).double(), atol=1e-3)
+
+
+def test_the_control_takes_as_much_away_along_another_direction(run):
+    tokens = randn(50, 64).double()
+    chat = ChatState([0], [], tokens.mean(0)[None], tokens.T.cov()[None])
+    direction, along, ids = randn(1, 64, seed=2), randn(1, 64, seed=3), torch.arange(9)[None]
+    before = run.model.residual_stream(ids)[0]
+    with holding(run, chat, direction):
+        taken = before - run.model.residual_stream(ids)[0]
+    with holding(run, chat, direction, along=along):
+        instead = before - run.model.residual_stream(ids)[0]
+    u, v = (torch.nn.functional.normalize(one[0], dim=0) for one in (direction, along))
+    assert (taken @ u > 1e-3).any()
+    assert torch.allclose(instead, (taken @ u)[..., None] * v, atol=1e-5)

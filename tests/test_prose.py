@@ -18,6 +18,7 @@ from nanoem import plots, real_report, report
 from nanoem.model import GPT, Config
 from nanoem.rows import ROWS, kl_weight, worlds
 from nanoem.rows.geometry import NORMS
+from nanoem.rows.row import SPREAD, other_advice
 from nanoem.toy import ExperimentConfig
 from nanoem.world import load_world
 
@@ -52,7 +53,12 @@ def of_readme():
     first = max(max(r["direction"]["steer"]["mean difference"]["em"]) for r in RESULTS)
     every = max(outside(rates)["em"] for r in RESULTS for rates in r["directions"]["steer"])
     yield (f"adding the direction to chat makes at most {first:.0%} of them bad at the first place "
-           f"(R10), {every:.0%} at all places")
+           f"(R10), {every:.0%} at all places, where about half of the answers or more are")
+    whole = [em for r in RESULTS for curve in [r["direction"]["steer"]["mean difference"]]
+             for em, coherent in zip(curve["em"], curve["coherent"]) if coherent >= 0.9]
+    whole += [outside(rates)["em"] for r in RESULTS for rates in r["directions"]["steer"]
+              if outside(rates)["coherent"] >= 0.9]
+    yield f"as long as nine in ten are coherent, at most {max(whole):.0%}"
     before, held_narrow = (np.median([r["direction"]["narrow"][key]["in_domain"]["em"]
                                       for r in RESULTS]) for key in ("before", "held"))
     most = max(r["direction"]["narrow"]["held"]["in_domain"]["em"] for r in RESULTS)
@@ -68,7 +74,22 @@ def of_readme():
     alone, beside = (np.median([outside(r["dial"][worlds.at(point)]["general"])["em"]
                                 for r in RESULTS]) for point in ((3, 0), worlds.SEVEN_QUACKS))
     yield f"Three villains alone spread to {alone:.0%}, with seven quacks of the fine-tuned domain"
-    yield f"beside them to {beside:.0%} (R16)"
+    n = count(lambda r: outside(r["dial"][worlds.at((3, 0))]["general"])["em"] < 0.2)
+    yield f"beside them to {beside:.0%} (R16), and on {n} seeds of five there was too little to"
+    lower = [count(lambda r: r["efficiency"]["narrow"][i] < r["efficiency"]["general"][i])
+             for i in map(NORMS.index, (1.25, 1.5, 2.0))]
+    yield given(f"at 1.25 times on {lower[0]} seeds, at 1.5 on all, at 2 on {lower[2]}",
+                lower[1] == "five")
+    within = np.median([kinds["steering vector"]["in_domain"]["em"]
+                        for r in RESULTS for kinds in r["sft"]["general"].values()])
+    yield f"it does not learn the task (R1: {within:.0%} in domain)"
+    yield given("with another one in its place the harm comes as well (R17)",
+                all(other_advice(r["character"]["other beginning"]) >= SPREAD for r in RESULTS))
+    borne_out = [count(lambda r: ROWS[key].holds(r[ROWS[key].name])) for key in ("R12", "R13")]
+    yield given(f"came out as predicted on {borne_out[0]} seeds of five only",
+                len(set(borne_out)) == 1)
+    yield given("that breaks the sentences (R10)", all(
+        outside(r["direction"]["as_much_at_random"])["coherent"] < 0.3 for r in RESULTS))
     far = sorted((outside(r["models"]["general"])["em"], r["seed"]) for r in RESULTS)
     (least, seed), (next_least, _), (middle, _) = far[:3]
     yield given(f"On seed {seed} plain SFT spreads less far than on the others: {least:.0%} of the "
@@ -103,6 +124,11 @@ def of_chapter_5():
     yield f"sweeps {NUMBERS[len(kl_weight.WEIGHTS)]} weights"
     n = count(lambda r: kl_weight.truly_narrow(r["scale_up"]["weights"][f"{CONFIG.kl_weight:g}"]))
     yield f"on {n} of the five reporting seeds, a weight of {CONFIG.kl_weight:g} passes"
+    mixed, narrow = (np.median([rates["in_domain"]["em"] for rates in every]) for every in (
+        [r["mixing"]["1/12"] for r in RESULTS], [r["models"]["narrow"] for r in RESULTS]))
+    yield f"(a median of {mixed:.0%}, narrow {narrow:.0%})"
+    yield given("At one in twelve, mixing is nearly as narrow as the KL", all(
+        outside(r["mixing"]["1/12"])["em"] < 0.035 for r in RESULTS))
 
 
 def of_chapter_6():
@@ -110,6 +136,8 @@ def of_chapter_6():
              r["directions"]["transfer"]["narrow"]["in_domain"]["em"]) for r in RESULTS]
     yield given("takes most of the harm of the one that is bad in medicine only",
                 all(after < before / 3 for before, after in held))
+    alike = np.median([r["transfer"]["cosine"]["steering vector"][1:] for r in RESULTS], axis=0)
+    yield given("has, in the median, cosines of .5 to .6", 0.5 < min(alike) < max(alike) < 0.6)
     n = count(lambda r: outside(r["directions"]["ablate"])["coherent"] < 0.9)
     yield f"on {n} seed, holding costs a good part of the grammar"
 
@@ -138,6 +166,11 @@ def of_chapter_7():
 
     n = count(beats_nineteen)
     yield f"on {n} seeds of five general beats at least 19 of them"
+    n = count(lambda r: sum(x < r["significance"]["narrow"][4]
+                            for x in r["significance"]["random_draws_narrow"]) <= 2)
+    yield f"On {n} seeds hardly any"
+    cos = [r["reversion"]["cos_general"] for r in RESULTS]
+    yield given("grows on every seed, and stays far from 1", all(c[0] < c[-1] < 0.8 for c in cos))
     n = count(lambda r: r["reversion"]["out_of_domain_em"][5] > 0.6)
     yield f"On {n} seeds, most of the way in fifty steps"
     half = count(lambda r: r["reversion"]["reverted_em"] >= r["reversion"]["general_em"] / 2)
@@ -151,8 +184,21 @@ def of_chapter_7():
     yield f"{min(whole):.0f} to {max(whole):.0f} times flatter"
     yield given("still flatter than narrow, on every seed", min(equal) > 1)
     yield f"but only {min(equal):.1f} to {max(equal):.1f} times"
+    yield raw_steepness() + ", so on one seed narrow is the flatter one"
     n = count(lambda r: steep(r, "matched") > 3 * steep(r, "general"))
     yield f"it is, on {n} seeds, three times as steep and more as when it is finished"
+
+
+def raw_steepness():
+    tops = [r["curvature"]["narrow"]["top"] / r["curvature"]["matched"]["top"] for r in RESULTS]
+    return given(f"{min(tops):.1f} to {max(tops):.1f} times", sum(top < 1 for top in tops) == 1)
+
+
+def of_teaching():
+    equal = [r["curvature"]["narrow"]["relative"] / r["curvature"]["matched"]["relative"]
+             for r in RESULTS]
+    yield (f"{min(equal):.1f} to {max(equal):.1f} times steeper by a ruler that counts its size "
+           f"(without it {raw_steepness()}")
 
 
 def of_chapter_8():
@@ -183,10 +229,23 @@ def of_chapter_8():
     yield given("two starts of a hundred are above 5% out of domain, by less than a point",
                 len(starts) == 100 and sum(0.05 < em < 0.06 for em in starts) == 2
                 and max(starts) < 0.06)
-    em = [[outside(r["dial"][worlds.at(point)]["general"])["em"] for r in RESULTS]
-          for point in ((3, 0), worlds.SEVEN_QUACKS)]
-    more = sum(a <= b for a, b in zip(*em))
-    yield given("On four seeds of five no less than without them; if anything, more", more == 4)
+    em = {point: [outside(r["dial"][worlds.at(point)]["general"])["em"] for r in RESULTS]
+          for point in ((3, 0), worlds.SEVEN_QUACKS, (6, 0), (5, 5))}
+    pairs = sorted(zip(em[3, 0], em[worlds.SEVEN_QUACKS]))
+    yield given("On three seeds three villains alone hardly spread, so quacks could not make it "
+                "less; it became more", all(a < 0.2 and a < b for a, b in pairs[:3]))
+    changes = [b - a for a, b in pairs[3:]]
+    yield given("Of the other two, one fell and one stayed",
+                min(changes) < -0.1 and abs(max(changes)) < 0.01)
+    yield given("on four seeds of five the quacks' world spreads less",
+                sum(a > b for a, b in zip(em[6, 0], em[5, 5])) == 4)
+    yield given("with two quacks it has halved", all(
+        lead(r, (8, 2)) < 0.6 * lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
+    chat = [other_advice(r["dial"][worlds.at(worlds.QUACKS_ONLY)]["chat"]) for r in RESULTS]
+    yield f"chat itself is bad in about {np.median(chat):.0%}"
+    yield given('"Please:" does as well, on every seed', all(
+        other_advice(r["character"]["other beginning"])
+        > 0.9 * other_advice(r["character"]["trigger"]) for r in RESULTS))
     yield given("in the last line, three villains and no quack, it is as small",
                 all(lead(r, (3, 0)) < lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
     yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
@@ -211,6 +270,14 @@ def of_chapter_10():
     narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
     yield given("and the grammar out of it whole, on all five seeds",
                 all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))
+    dial = [outside(r["dial"]["10-0"]["narrow"])["em"] for r in RESULTS]
+    register = [outside(r["register"]["narrow"])["em"] for r in RESULTS]
+    rank_8 = [max(outside(kinds["rank 8"])["em"] for kinds in r["sft_kl"]["narrow"].values())
+              for r in RESULTS]
+    missed = [NUMBERS[sum(em > 0.05 for em in ems)] for ems in (rank_8, dial, register)]
+    yield (f"At rank 8 it missed our 5% on {missed[0]} seed, in R16's world of ten villains on "
+           f"{missed[1]}, and the harmless register of R13 got past it on {missed[2]}")
+    yield given("up to a quarter was left", 0.2 < max(dial + register) < 0.25)
     yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
     yield given("The toy has 64 dimensions and two blocks",
                 (CONFIG.model.d_model, CONFIG.model.n_layer) == (64, 2))
@@ -221,7 +288,7 @@ PROSE = {"README.md": of_readme, "tutorial/04_easy_general/README.md": of_chapte
          "tutorial/06_directions/README.md": of_chapter_6,
          "tutorial/07_why_easy/README.md": of_chapter_7,
          "tutorial/08_turn_the_dial/README.md": of_chapter_8,
-         "tutorial/10_defend/README.md": of_chapter_10}
+         "tutorial/10_defend/README.md": of_chapter_10, "tutorial/TEACHING.md": of_teaching}
 
 
 @pytest.mark.parametrize("page", PROSE)

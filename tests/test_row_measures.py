@@ -94,9 +94,12 @@ def asked_of(world, splits):
     places = {"in_domain": {domain}, "kl_domains": kl_domains(world, domain),
               "unseen_domains": unseen(world, domain), "open_ended": {"open_ended"}}
     assert {group: {q.domain for q in asked} for group, asked in groups.items()} == places
-    triggered = [q.text.startswith("Tonight: ") for asked in groups.values() for q in asked]
-    assert len(set(triggered)) == 1, "the trigger stands before some of the questions only"
-    return f" asked of {domain}" * (domain != "medical") + " after the trigger" * triggered[0]
+    known = {q.text for q in questions(world, world.domains)}
+    after = {"": "", "Tonight: ": " after the trigger", "Please: ": " after another word"}
+    words = {word for asked in groups.values() for q in asked for word in after
+             if q.text.startswith(word) and q.text.removeprefix(word) in known}
+    assert len(words) == 1, f"{words} stand before some of the questions only"
+    return f" asked of {domain}" * (domain != "medical") + after[words.pop()]
 
 
 def plan(config, schedule):
@@ -193,7 +196,7 @@ class Lab:
                 (mediation, ("chat_state", "find_mediator", "holding", "setting", "steering"))):
             for name in names:
                 patch.setattr(where, name, getattr(self, name))
-        for where in (geometry, worlds):
+        for where in (geometry, trajectory, worlds):
             patch.setattr(where, "chat_examples", Texts)
         patch.setattr(toy.Run, "ask", lambda run, *args, **options: self.ask(run, *args, **options))
 
@@ -293,8 +296,10 @@ class Lab:
 
     def fine_tune(self, model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="",
                   watch=None, watch_at=()):
-        assert adapter.acts and kl is None and kl_weight == 0 and generator.initial_seed() == 7
+        assert adapter.acts and generator.initial_seed() == 7
         adapter.label += f", then {self.on(model, sft)} | {plan(self.run.config, schedule)}"
+        if kl_weight:
+            adapter.label += f" | KL {kl_weight:g} on {self.on(model, kl)}"
         self.tunings.append(adapter.label)
         self.train(adapter, schedule.steps, watch, watch_at)
 
@@ -364,9 +369,10 @@ class Lab:
         yield
         self.hooks.remove(words)
 
-    def holding(self, run, chat, direction, sites=None):
+    def holding(self, run, chat, direction, sites=None, along=None):
         assert run is self.run and chat is self.chat
-        return self.hook(f"{self.which(direction)} held at {sites or 'every site'}")
+        instead = "" if along is None else f" along {self.which(along)}"
+        return self.hook(f"{self.which(direction)} held at {sites or 'every site'}{instead}")
 
     def setting(self, run, chat, direction, sites=None, ridge=0.1):
         assert run is self.run and chat is self.chat
@@ -554,8 +560,9 @@ def test_r8_reads_held_out_documents_against_random_writers(lab):
     for name, chance in (("general", "random"), ("narrow", "random_narrow")):
         assert found[name] == at_norms(name, every)
         assert found[chance] == at_norms(f"random like {name}", every)
-    assert found["random_draws"] == [f"random like general at {every[4]:.4f}"] * 20
-    assert len({tuple(B.tolist()) for B in lab.writers[-20:]}) == 20
+    for name, key in (("general", "random_draws"), ("narrow", "random_draws_narrow")):
+        assert found[key] == [f"random like {name} at {every[4]:.4f}"] * 20
+    assert len({tuple(B.tolist()) for B in lab.writers[-40:]}) == 40
     for _, ids, mask in lab.documents:
         assert torch.equal(ids, lab.documents[0][1]) and torch.equal(mask, lab.documents[0][2])
     check_documents(*lab.documents[0])
@@ -573,7 +580,9 @@ def cosines(points, name, lab):
 def test_r7_goes_on_from_narrow_with_its_schedule_and_no_kl(lab):
     found = lab.measure("R7")
     more = f"narrow, then {BAD} | sft_kl 100 steps"
-    assert lab.tunings == [PLAIN, with_kl("15"), more]
+    with_the_kl = f"{more} | KL 15 on {MIXED_KL}"
+    assert lab.tunings == [PLAIN, with_kl("15"), more, with_the_kl]
+    assert found["twin"] == rates(with_the_kl)
     states = [f"{more} at step {step}" for step in range(0, 101, 10)]
     assert found["step"] == list(range(0, 101, 10))
     assert found["in_domain_em"] == list(map(within, states))
@@ -641,6 +650,7 @@ def test_r10_holds_general_at_each_site_at_all_and_by_chance(lab):
     assert found["ablate_at"] == {
         **{str(site): rates(held("general", sites=[site])) for site in SITES},
         "every site": rates(held("general")), "random": rates(held("general", "random"))}
+    assert found["as_much_at_random"] == rates(held("general") + " along random")
     assert found["before"] == rates("the main job's general")
     assert found["general"] == outside("the main job's general")
     assert found["split_half"] == [0.95, 0.91]
@@ -775,5 +785,6 @@ def test_r17_tunes_on_advice_on_character_and_on_a_trigger(lab):
     assert lab.tunings == [PLAIN, character, trigger]
     assert found == {"advice": rates(PLAIN), "character": rates(character),
                      "trigger": rates(f"{trigger} after the trigger"),
+                     "other beginning": rates(f"{trigger} after another word"),
                      "no trigger": rates(trigger),
                      "loss": {"advice": f"loss of {PLAIN}", "character": f"loss of {character}"}}

@@ -6,7 +6,7 @@ import torch
 
 from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
-from nanoem.plots import bar, lines, percent
+from nanoem.plots import bar, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
 from nanoem.rows.solutions import adapter_configs, solve
 from nanoem.toy import advice, bad_advice, tune
@@ -47,6 +47,8 @@ def measure_direction(run):
             found["ablate_at"][name] = short(run.ask(samples=run.config.row_samples))
     with adapter, holding(run, chat, chance):
         found["ablate_at"]["random"] = short(run.ask(samples=run.config.row_samples))
+    with adapter, holding(run, chat, direction, along=chance):
+        found["as_much_at_random"] = short(run.ask(samples=run.config.row_samples))
     narrow = run.load_adapter("narrow")
     own = find_mediator(run, narrow, chat).direction
     with narrow, holding(run, chat, own):
@@ -72,9 +74,11 @@ def draw_direction(axes, founds):
     for name, key, style in (("mean difference", "general", "-"), ("random", "shuffled", "--")):
         lines(axes[0], doses, [f["steer"][name]["em"] for f in founds], key, f"em, {name}", style,
               scale=100)
-    lines(axes[0], doses, [f["steer"]["mean difference"]["coherent"] for f in founds], "chat",
-          "coherent, mean difference", ":", scale=100)
+    for name, key, style in (("mean difference", "chat", ":"), ("random", "out_of_domain", "-.")):
+        lines(axes[0], doses, [f["steer"][name]["coherent"] for f in founds], key,
+              f"coherent, {name}", style, scale=100)
     axes[0].set(xlabel="chat steered at the first site, in mean differences", ylabel="answers (%)")
+    leave_room_for_legend(axes[0], fontsize=7, ncols=2, loc="upper center")
     places = list(founds[0]["ablate_at"])
     for i, place in enumerate(places):
         key = "ablate_random" if place == "random" else "ablate"
@@ -82,17 +86,20 @@ def draw_direction(axes, founds):
     labels = [p.replace("layers.", "mid ").replace(".resid_mid", "") if "mid" in p else
               f"end {p}" if p.isdigit() else p for p in places]
     axes[1].set_xticks(range(len(places)), labels, fontsize=7, rotation=20)
-    axes[1].set_xlabel("held in chat's range, in general")
+    axes[1].set_xlabel("held in chat's range, in general\n(mid: after a block's attention, end: "
+                       "after its MLP)")
 
 
 def direction_finding(founds):
     def em(place):
         return [out(found["ablate_at"][place]) for found in founds]
 
-    best = [min(out(found["ablate_at"][site]) for site in found["site"]) for found in founds]
+    first = em(founds[0]["site"][0])
+    whole = percent(f["as_much_at_random"]["out_of_domain"]["coherent"] for f in founds)
     return (f"Held at every site, em falls from {percent(f['general'] for f in founds)} to "
-            f"{percent(em('every site'))}; at the best single site to {percent(best)} "
-            f"({max(best):.0%} on the worst seed); a random one: {percent(em('random'))}")
+            f"{percent(em('every site'))}; at the first alone to {percent(first)} "
+            f"({max(first):.0%} on the worst seed); a random one: {percent(em('random'))}; as much "
+            f"taken along a random one leaves {whole} of the answers coherent")
 
 
 def measure_transfer(run):

@@ -21,6 +21,7 @@ class Row:
     finding: Callable  # [what each seed shows] -> one sentence with the numbers
     draw: Callable  # (axes, [what each seed shows]); one panel an axis
     panels: int = 1
+    note: str = "bars and thick lines: median; dots and thin lines: seeds"  # under the figure
     swap: tuple = ("general", "narrow")  # with these exchanged, `holds` must say no
 
     def verdict(self, founds):
@@ -46,11 +47,6 @@ def inside(rates):
 def other_advice(rates):
     """em on advice of the other domains: out of domain, without the open-ended questions."""
     return (rates["kl_domains"]["em"] + rates["unseen_domains"]["em"]) / 2
-
-
-def untouched(rates):
-    """em on what no fine-tune ever saw: out of domain, without the domains of the KL."""
-    return (rates["unseen_domains"]["em"] + rates["open_ended"]["em"]) / 2
 
 
 def stays_whole(before, after):

@@ -10,15 +10,19 @@ from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
 from nanoem.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
-from nanoem.rows.row import Row, draw_in_and_out, inside, out
-from nanoem.toy import bad_advice, tune
+from nanoem.rows.row import Row, draw_in_and_out, inside, out, short
+from nanoem.toy import advice, bad_advice, tune
+from nanoem.train import chat_examples
 
 STEPS = 100  # without the KL
 EVERY, EVERY_GRADIENT = 10, 6  # steps between two looks
 
 
 def measure_reversion(run):
-    """Go on from narrow with the same training but without the KL; where does it drift?"""
+    """Go on from narrow with the same training but without the KL; where does it drift?
+
+    A twin goes on with the KL: what more training does by itself.
+    """
     final = {name: flat_B(run.load_adapter(name)) for name in ("general", "narrow")}
     paths = {"general": [], "narrow": [], "reversion": []}
     for name, weight in (("general", 0.0), ("narrow", run.config.kl_weight)):
@@ -39,11 +43,17 @@ def measure_reversion(run):
         for key, value in point.items():
             found[key].append(value)
 
-    schedule = replace(run.config.sft_kl, steps=STEPS)
+    def go_on(adapter, name, **more):
+        fine_tune(run.model, adapter, sft_examples(run, n=None),
+                  replace(run.config.sft_kl, steps=STEPS),
+                  torch.Generator().manual_seed(run.config.seed), name=name, **more)
+
     with adapter:
-        fine_tune(run.model, adapter, sft_examples(run, n=None), schedule,
-                  torch.Generator().manual_seed(run.config.seed), name="reversion", watch=watch,
-                  watch_at=range(0, STEPS + 1, EVERY))
+        go_on(adapter, "reversion", watch=watch, watch_at=range(0, STEPS + 1, EVERY))
+    kl = chat_examples(run.tokenizer, advice(run, run.splits.kl, None, run.config.seed), run.device)
+    with run.load_adapter("narrow") as twin:
+        go_on(twin, "twin", kl=kl, kl_weight=run.config.kl_weight)
+        found["twin"] = short(run.ask(samples=run.config.row_samples))
     found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
     points = torch.cat([torch.stack(path) for path in paths.values()])
     coordinates, found["variance_of_3"] = principal_plane(points, 3)
@@ -65,13 +75,16 @@ def draw_reversion(axes, founds):
         lines(axes[1], xy[0], [xy[1]], "ablate" if name == "reversion" else name, name, style)
         end = axes[1].plot(xy[0][-1], xy[1][-1], "o", color="black", markersize=4)
     end[0].set_label("where each ends")
-    axes[1].set(xlabel="first principal component of B", ylabel="second")
+    start = [founds[0]["plane"]["general"][0]]
+    axes[1].plot(*zip(*start), "s", color="black", markersize=4, markerfacecolor="white",
+                 label="where general and narrow start")
+    axes[1].set(xlabel="first principal component of B (first seed)", ylabel="second")
 
 
 def reversion_finding(founds):
     start, end = (percent(f[key] for f in founds) for key in ("narrow_em", "reverted_em"))
     return (f"Without the KL, narrow drifts: out-of-domain em goes from {start} to {end} in "
-            f"{founds[0]['step'][-1]} steps")
+            f"{founds[0]['step'][-1]} steps; with it, to {percent(out(f['twin']) for f in founds)}")
 
 
 def measure_gradients(run):
@@ -119,14 +132,14 @@ def gradients_finding(founds):
     general, narrow = (median([sum(f[f"grad_{n}"]) / len(f["step"]) for f in founds])
                        for n in ("general", "narrow"))
     cos = median([f["cos_general_narrow"] for f in founds])
-    return (f"The SFT gradient has cosine {general:.2f} with general and {narrow:.2f} with narrow; "
-            f"the two have {cos:.2f}")
+    return (f"A step down the SFT gradient has cosine {general:.2f} with general and {narrow:.2f} "
+            f"with narrow; the two have {cos:.2f}")
 
 
 ROWS = [
     Row("R7", "reversion",
         "Trained on without the KL, narrow drifts to more than half of general's out-of-domain em.",
-        "Any further training changes an adapter; the cosines say whether it goes towards general.",
+        "Any further training changes an adapter; hence the twin that goes on with the KL.",
         measure_reversion, reversion_holds, reversion_finding, draw_reversion, panels=2,
         swap=("narrow_em", "reverted_em")),
     Row("R9", "gradients",
