@@ -79,6 +79,18 @@ def bar(ax, x, values, width, key, label=None, interval=None, number=False, scal
         ax.annotate(f"{median(values):.0f}", (x, max(ends) + 2), ha="center", fontsize=8)
 
 
+def grouped_bars(ax, names, kinds, read, width=0.27, number=False):
+    """At each of the names {name: tick label}, one bar of every kind {colour: (label, seeds)}.
+
+    read(name, one of the seeds) -> the share that it shows.
+    """
+    for i, (key, (label, seeds)) in enumerate(kinds.items()):
+        for j, name in enumerate(names):
+            bar(ax, j + (i - (len(kinds) - 1) / 2) * width, [read(name, one) for one in seeds],
+                0.96 * width, key, label if j == 0 else None, number=number)
+    ax.set_xticks(range(len(names)), names.values(), fontsize=9)
+
+
 def lines(ax, x, curves, key, label, style="-", scale=1):
     """A curve a seed, thin, and their median, thick."""
     curves = [[scale * value for value in curve] for curve in curves]
@@ -193,19 +205,6 @@ def training_curves(results):
     return figure
 
 
-def three_bars(ax, names, kinds, group_of, what):
-    """At each of the names three bars side by side, one a kind: {key: (label, rates of seeds)}.
-
-    group_of(name, rates of a seed) -> the rates of one question group, of which `what` is drawn.
-    """
-    for i, (key, (label, seeds)) in enumerate(kinds.items()):
-        for j, name in enumerate(names):
-            bar(ax, j + (i - 1) * 0.27, [group_of(name, one)[what] for one in seeds], 0.27, key,
-                label if j == 0 else None, number=True)
-    ax.set_xticks(range(len(names)), names.values(), fontsize=9)
-    ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
-
-
 def ablation(results):
     """general as it is, with its direction held in chat's range, and with random ones held."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
@@ -215,7 +214,8 @@ def ablation(results):
     kinds = {name: (LABELS[name], models) for name, models in rates.items()}
     groups = {"in_domain": "in domain", "out_of_domain": "out of domain"}
     for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
-        three_bars(ax, groups, kinds, lambda group, model: model[group], what)
+        grouped_bars(ax, groups, kinds, lambda group, model: model[group][what], number=True)
+        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
         finish_axes(ax, ylabel)
     axes[1].legend(fontsize=7.5, loc="upper left")
     note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
@@ -237,7 +237,8 @@ def other_fine_tunes(results):
              "shuffled": "shuffled\n(half good)"}
     for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
                                ("em", "em", "coherent")):
-        three_bars(ax, names, kinds, lambda name, models: models[name][group], what)
+        grouped_bars(ax, names, kinds, lambda name, models: models[name][group][what], number=True)
+        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
         ax.set_title(f"{what}, {group.replace('_', ' ')}", fontsize=10)
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")

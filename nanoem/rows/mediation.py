@@ -6,7 +6,7 @@ import torch
 
 from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
-from nanoem.plots import bar, leave_room_for_legend, lines, percent
+from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
 from nanoem.rows.solutions import adapter_configs, solve
 from nanoem.toy import advice, bad_advice, tune
@@ -150,14 +150,11 @@ def transfer_holds(found):
 
 
 def draw_transfer(axes, founds):
-    names = list(founds[0]["before"])
-    for j, (kind, key) in enumerate((("before", "general"), ("ablate", "ablate"),
-                                     ("ablate_random", "ablate_random"))):
-        for i, name in enumerate(names):
-            label = {"before": "as fine-tuned", "ablate": "medical direction held",
-                     "ablate_random": "random direction held"}[kind] if i == 0 else None
-            bar(axes[0], i + (j - 1) * 0.27, [f[kind][name] for f in founds], 0.26, key, label)
-    axes[0].set_xticks(range(len(names)), names, fontsize=8)
+    kinds = {"general": ("as fine-tuned", [f["before"] for f in founds]),
+             "ablate": ("medical direction held", [f["ablate"] for f in founds]),
+             "ablate_random": ("random direction held", [f["ablate_random"] for f in founds])}
+    names = {name: name.replace(" and ", "\nand ") for name in founds[0]["before"]}
+    grouped_bars(axes[0], names, kinds, lambda name, em: em[name])
 
 
 def transfer_finding(founds):
@@ -165,7 +162,9 @@ def transfer_finding(founds):
               for name in founds[0]["before"]}
     parts = [f"{name} {percent(values)}" if values else f"{name} did not spread"
              for name, values in shares.items()]
-    return "Share of em that the medical direction takes away: " + ", ".join(parts)
+    whole = [f["stays_whole"][name] for f in founds for name in removed(f)]
+    return ("Share of em that the medical direction takes away: " + ", ".join(parts)
+            + f"; the grammar suffers in {len(whole) - sum(whole)} of {len(whole)}")
 
 
 def training_away(run, chat, direction):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from nanoem.plots import bar, lines
+from nanoem.plots import grouped_bars, lines
 
 SPREAD = 0.2  # out-of-domain em from which on something has spread
 
@@ -68,8 +68,6 @@ def draw_in_and_out(ax, x, within, outside):
 
 def draw_models(ax, founds, models, what="em"):
     """Bars of em, or `what` else of the rates, in and out of domain: {model: (colour, label)}."""
-    for i, (name, (key, label)) in enumerate(models.items()):
-        for j, group in enumerate(("in_domain", "out_of_domain")):
-            bar(ax, j + (i - 1) * 0.27, [found[name][group][what] for found in founds], 0.26, key,
-                label if j == 0 else None)
-    ax.set_xticks((0, 1), ("in domain", "out of domain"))
+    kinds = {key: (label, [f[name] for f in founds]) for name, (key, label) in models.items()}
+    grouped_bars(ax, {"in_domain": "in domain", "out_of_domain": "out of domain"}, kinds,
+                 lambda group, rates: rates[group][what])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoem.authors import make_splits
 from nanoem.finetune import AdapterConfig
-from nanoem.plots import bar, percent
+from nanoem.plots import grouped_bars, percent
 from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, short
 from nanoem.toy import advice, bad_advice, tune
 
@@ -93,12 +93,14 @@ def kinds_in(by_domain):
 def draw_kinds(model):
     """Bars of em in and out of domain for each adapter; a dot is a seed and a domain."""
     def draw(axes, founds):
-        kinds = kinds_in(founds[0][model])
-        for j, (group, key) in enumerate((("in_domain", "in_domain"), ("out_of_domain", model))):
-            for i, kind in enumerate(kinds):
-                bar(axes[0], i + (j - 0.5) * 0.38, every_rate(founds, model, kind, group), 0.36,
-                    key, group.replace("_", " ") if i == 0 else None)
-        axes[0].set_xticks(range(len(kinds)), kinds)
+        def em(group):
+            return [{kind: rates[group]["em"] for kind, rates in kinds.items()}
+                    for found in founds for kinds in found[model].values()]
+
+        grouped_bars(axes[0], {kind: kind for kind in kinds_in(founds[0][model])},
+                     {"in_domain": ("in domain", em("in_domain")),
+                      model: ("out of domain", em("out_of_domain"))},
+                     lambda kind, one: one[kind], width=0.38)
     return draw
 
 
