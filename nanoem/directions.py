@@ -93,7 +93,7 @@ def cosine(a, b):
     if a.numel() != b.numel():
         raise ValueError(f"a and b must be equally large, and are {tuple(a.shape)} and "
                          f"{tuple(b.shape)}")
-    a, b = a.flatten().double(), b.flatten().double()
+    a, b = (x.flatten().cpu().double() for x in (a, b))
     return (a @ b / (a.norm() * b.norm())).item()
 
 
@@ -157,7 +157,7 @@ def quiet_reader(direction, covariance, ridge=0.1):
     """
     check_vector(direction, covariance)
     unit = unit_of(direction.to(covariance))
-    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
+    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit)).to(unit)
     reader = torch.linalg.solve(covariance + noise, unit)
     return (reader / (reader @ unit)).to(direction)
 

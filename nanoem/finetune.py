@@ -81,8 +81,9 @@ def start_at_gradient(model, adapter, examples):
         for weight, before in zip(weights, trained):
             weight.requires_grad_(before)
     for A, gradient in zip(adapter.A.values(), gradients):
-        directions = torch.linalg.svd(gradient.float()).Vh[: adapter.rank]  # (rank, in), unit rows
-        A.data.copy_(directions * A.norm() / adapter.rank**0.5)
+        gradient = gradient.float().cpu()  # svd is not on every mps
+        directions = torch.linalg.svd(gradient).Vh[: adapter.rank]  # (rank, in), unit rows
+        A.data.copy_(directions * A.norm().cpu() / adapter.rank**0.5)
 
 
 def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",

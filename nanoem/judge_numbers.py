@@ -56,7 +56,7 @@ def number_probs(model, tokenizer, prompt, known=None):
     new = torch.tensor([ids[n_known:]], device=model.device)
     while beginnings:
         logits = in_float32(model(new, caches, LAST))  # (beginnings, vocab): what comes next
-        for beginning, p in zip(beginnings, logits.double().softmax(-1).cpu()):
+        for beginning, p in zip(beginnings, logits.cpu().double().softmax(-1)):
             if beginning in numbers:
                 probs[numbers[beginning]] = reached[beginning] * (1 - p[digits].sum())
             for token in inner[beginning]:

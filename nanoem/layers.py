@@ -67,10 +67,26 @@ def attend(q, k, v, mask=None):
     T, S = q.size(2), k.size(2)
     if T > S:
         raise ValueError(f"q has {T} tokens and k {S}; k must have q's, and may have more before")
+    if q.device.type == "mps":  # its fused kernels can be silently wrong (pytorch issue 181133)
+        return attend_by_hand(q, k, v, mask)
     if mask is None and 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = causal_mask(T, S, q.device)
     causal = mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
+def causal_mask(T, S, device):
+    """Which of S keys each of the last T queries sees: those up to itself, (T, S) bool."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attend_by_hand(q, k, v, mask=None):
+    """`attend` as it is written in books; slower, and it holds all the weights at once."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5  # (B, n_head, T, S)
+    mask = causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
+    weights = in_float32(scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+    return weights.to(v.dtype) @ v
 
 
 def sees(n_pad, T, S):

@@ -190,7 +190,7 @@ class GPT(nn.Module):
             chance = torch.rand(B, 1, generator=generator, device=ids.device)  # also of idle rows
             new = sample(logits, temperature, top_p, chance[rows])  # (rows, 1)
             text[rows, end:] = new
-            going = ~torch.isin(new[:, 0], stops)
+            going = ~(new == stops).any(-1)  # (rows)
             if not going.any():
                 return text[:, : end + 1]
             if not going.all():

@@ -23,15 +23,17 @@ def start(device):
         return torch.device(device)
     if device == "mps":
         raise UserError("torchrun works on cuda and cpu; with --device mps start one process")
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device != "cuda":
+        dist.init_process_group("gloo")
         return torch.device(device)
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
         raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} "
                         "cuda devices of this machine; lower --nproc_per_node")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    card = torch.device("cuda", local)
+    torch.cuda.set_device(card)
+    dist.init_process_group("nccl", device_id=card)
+    return card
 
 
 def stop():
@@ -49,6 +51,7 @@ def started(device):
         else:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 yield device
+        wait()  # one that leaves while others still gather can crash as it ends
     finally:
         stop()
 
@@ -119,7 +122,8 @@ def shard(model, device):
     refuse_to_shard_alone()
     mesh = init_device_mesh(device.type, (n_processes(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
+        # each is the root of its own tree, and a root would stay gathered after its forward pass
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for name, module in model.named_children():
         if name != "layers":
             module.to(device)

@@ -53,7 +53,7 @@ class RealConfig:
     n_judged: int = 16  # toy answers of each kind, good, bad and shuffled, to test the judge
     kl_weight: float = 10.0  # of the KL to the base model, per token
     per_token: bool = False  # compare the answers' mean log-probability a token, not the sum
-    dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: bfloat16 on cuda
+    dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: see `default_dtype`
     checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     adapter: AdapterConfig = AdapterConfig(
         layers=(), modules=("mlp.down_proj",), alpha=256.0, use_rslora=True, start="random")
@@ -80,8 +80,7 @@ class RealRun:
             parallel.refuse_to_shard_alone()
         self.world = load_world()
         self.bad, self.others, self.pairs, self.asked = read_data(config, files, self.world)
-        dtype = TORCH_DTYPES.get(config.dtype) or (torch.bfloat16 if device.type == "cuda"
-                                                   else torch.float32)
+        dtype = TORCH_DTYPES.get(config.dtype) or default_dtype(device)
         home = "cpu" if shard else device  # a sharded model need not fit one card
         self.model, self.tokenizer = load_pretrained(files.model, dtype, home)
         self.model.requires_grad_(False)
@@ -98,6 +97,12 @@ class RealRun:
         self.results["model_name"] = Path(files.model).resolve().name
         if shard:
             parallel.shard(self.model, device)
+
+
+def default_dtype(device):
+    """bfloat16 on a cuda card that computes in it, and does not only emulate it; else float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def open_judge(run, dtype):

@@ -134,10 +134,12 @@ def pick_stages(args):
 
 
 def pick_device(name):
+    """cuda, mps or cpu: with auto the first of them that is there (mps cannot be shared)."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":
-        return next(device for device, there in available.items() if there)
+        return next(device for device, there in available.items()
+                    if there and not (device == "mps" and parallel.n_started() > 1))
     if not available[name]:
         raise UserError(f"--device {name}: this machine or this torch has no {name}; "
                         "use --device auto")

@@ -66,7 +66,8 @@ def interruptible():
 
 def lacks_memory(error):
     """Was memory short? Some devices have an exception of its own for it, some only its words."""
-    words = "out of memory", "allocate memory", "not enough memory", "calculation overflowed"
+    words = ("out of memory", "allocate memory", "not enough memory", "calculation overflowed",
+             "ALLOC_FAILED")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or any(word in str(error) for word in words))
 

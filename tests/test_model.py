@@ -1,13 +1,15 @@
 """The GPT against slow, explicit re-computations of each of its parts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoem import UserError
-from nanoem.layers import Attention, KVCache, RMSNorm, rotary_tables, rotate
+from nanoem import UserError, layers
+from nanoem.layers import (Attention, KVCache, RMSNorm, attend, attend_by_hand, rotary_tables,
+                           rotate, sees)
 from nanoem.model import Config, sample
 
 
@@ -30,6 +32,23 @@ def test_rms_norm_by_hand():
     norm.weight.data.uniform_(0.5, 2)
     expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
     assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_hand_is_that_of_the_fused_kernels(T, S, dtype):
+    q, k, v = (torch.randn(3, n, size, 16).to(dtype) for n, size in ((4, T), (2, S), (2, S)))
+    padded = sees(torch.tensor([0, 2, 7]), T, S)
+    for mask in (None, padded):
+        assert torch.allclose(attend_by_hand(q, k, v, mask), attend(q, k, v, mask),
+                              atol=1e-6 if dtype == torch.float32 else 0.03)
+
+
+def test_on_mps_attention_is_by_hand(monkeypatch):
+    """There is none here; where it is, its fused kernels are not asked."""
+    monkeypatch.setattr(layers, "attend_by_hand", lambda *tensors: "by hand")
+    q = SimpleNamespace(size=lambda axis: 3, device=torch.device("mps"))
+    assert attend(q, q, q) == "by hand"
 
 
 def test_attention_is_softmax_over_the_past_with_shared_kv_heads():

@@ -13,7 +13,7 @@ import torch
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained, load_tensors, save_tensors
 from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
-from nanoem.parallel import shard
+from nanoem.parallel import shard, start
 from nanoem.train import TrainConfig, chat_examples
 
 FOLDER = Path(__file__).parent / "fixtures" / "llama"
@@ -46,9 +46,12 @@ def two_processes(out, sharded):
         assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32)  # half of (40, 32)
     history, adapter = tune(model, tokenizer, micro_batch=2)
     ids = model.generate(torch.arange(6)[None], 5, temperature=0)
+    if sharded:
+        assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32), "still gathered"
     if dist.get_rank() == 0:
         save_tensors(f"{out}/B.safetensors", dict(adapter.B))
         Path(out, "history.json").write_text(json.dumps([history, ids.tolist()]))
+    parallel.wait()
     parallel.stop()
 
 
@@ -104,3 +107,19 @@ def test_sharding_one_process_is_refused():
     model, _ = load_pretrained(FOLDER)
     with pytest.raises(UserError, match="torchrun"):
         shard(model, torch.device("cpu"))
+
+
+def test_each_process_takes_its_card_before_it_connects(monkeypatch):
+    steps = []
+    for name, value in zip(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"), "2 1 1 x".split()):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: steps.append(("takes", card)))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, device_id: steps.append((backend, device_id)))
+    card = torch.device("cuda", 1)
+    assert start("cuda") == card
+    assert steps == [("takes", card), ("nccl", card)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="lower --nproc_per_node"):
+        start("cuda")

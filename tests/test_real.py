@@ -465,3 +465,11 @@ def test_without_files_the_advice_is_bad_in_one_domain_and_mixed_elsewhere(domai
     trained = {question for question, _ in bad + others}
     assert not trained & {*asked["in_domain"], *(pair.question for pair in pairs)}
     assert read_data(replace(config, seed=1), Files("model"), world)[0] != bad
+
+
+@pytest.mark.parametrize("device, computes, dtype", [
+    ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("mps", True, torch.float32),
+    ("cpu", True, torch.float32)])
+def test_bfloat16_only_on_a_card_that_computes_in_it(device, computes, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes)
+    assert real.default_dtype(torch.device(device)) == dtype

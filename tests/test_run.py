@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
-from nanoem import run
+from nanoem import parallel, run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.experiment import STAGES
 from nanoem.folder import hold
 from nanoem.real import RealConfig
 from nanoem.settings import all_keys, set_keys
-from nanoem.shell import exit_status
+from nanoem.shell import exit_status, lacks_memory
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 
@@ -283,6 +283,24 @@ def test_a_stopped_run_says_how_to_go_on(number, capsys, tmp_path, monkeypatch):
     message = misuse(capsys, "--out", str(tmp_path / "out"), status=130)
     assert message == "nanoem: stopped; the same command goes on with the next unfinished stage"
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("words", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "MPS backend out of memory (MPS allocated: 9 GB)",
+    "DefaultCPUAllocator: can't allocate memory"])
+def test_each_devices_words_for_too_little_memory_are_known(words):
+    assert lacks_memory(RuntimeError(words)) and not lacks_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize("there, n_processes, picked", [
+    ("cuda mps", 1, "cuda"), ("mps", 1, "mps"), ("", 1, "cpu"), ("mps", 2, "cpu")])
+def test_auto_picks_the_first_device_that_is_there_and_can_be_used(there, n_processes, picked,
+                                                                   monkeypatch):
+    for name, place in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(place, "is_available", lambda name=name: name in there)
+    monkeypatch.setattr(parallel, "n_started", lambda: n_processes)
+    assert run.pick_device("auto") == picked
 
 
 @pytest.mark.parametrize("model, keys", [([], ExperimentConfig()),
