@@ -41,7 +41,7 @@ class RunFolder:
             check_folder(self.path, configuration)
             parallel.wait()  # until every process has looked at the folder, none changes it
             if parallel.rank() == 0:
-                hold(self.path)
+                lock(self.path)
                 write_json(self.path / "config.json", configuration)
         self.results = read_results(self.path / "results.json", configuration)
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
@@ -80,7 +80,7 @@ def misuse_of_out(path):
         raise UserError(f"--out {path} cannot be used: {error.strerror or error}") from error
 
 
-def hold(path):
+def lock(path):
     """Keep every other process out of a run folder until this one ends, however it ends.
 
     The lock is the operating system's, not the file's: a killed run leaves the file and no lock.
@@ -102,15 +102,15 @@ def hold(path):
     HELD[key] = file
 
 
-def hold_many(path):
-    """`hold` a folder of several runs, each in its own seed-N. Raises UserError for any other."""
+def lock_many(path):
+    """`lock` a folder of several runs, each in its own seed-N. Raises UserError for any other."""
     with misuse_of_out(path):
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if "config.json" in names:
             raise UserError(f"--out {path} holds a run of one seed; choose another")
         if names - {".lock"} and not any(name.startswith("seed-") for name in names):
             raise UserError(f"--out {path} is not empty and holds no runs; choose another")
-        hold(path)
+        lock(path)
 
 
 def check_folder(path, configuration):

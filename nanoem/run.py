@@ -19,7 +19,7 @@ import torch
 from nanoem import UserError, parallel, real_report, report
 from nanoem.experiment import STAGES, run_experiment, stages_for
 from nanoem.files import write_json
-from nanoem.folder import hold, hold_many
+from nanoem.folder import lock, lock_many
 from nanoem.real import RealConfig, run_real
 from nanoem.real_data import Files
 from nanoem.rows import ROWS
@@ -179,7 +179,7 @@ def run(args, argv, device):
     config = build_config(args)
     out = pick_out(args, config)
     if args.seeds and parallel.rank() == 0:
-        hold_many(out)
+        lock_many(out)
     command = shlex.join(["python", "-m", "nanoem.run", *argv])
     seeds = args.seeds or [config.seed]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
@@ -196,7 +196,7 @@ def run(args, argv, device):
     for result, folder in zip(runs, folders):
         results.append(result)
         if parallel.rank() == 0:
-            hold(folder)  # with --jobs the child that held it has ended
+            lock(folder)  # with --jobs the child that held it has ended
             if whole:
                 report_on([result], folder, command, reports)
     if parallel.rank() > 0:

@@ -9,7 +9,7 @@ import pytest
 from nanoem import UserError
 from nanoem.authors import Question
 from nanoem.evaluate import Answer
-from nanoem.folder import RunFolder, hold
+from nanoem.folder import RunFolder, lock
 from nanoem.judge import Verdict
 
 CONFIGURATION = {"seed": 0, "device": "cpu"}
@@ -17,15 +17,15 @@ CONFIGURATION = {"seed": 0, "device": "cpu"}
 
 def test_of_two_processes_that_hold_a_folder_the_second_is_refused(tmp_path):
     pytest.importorskip("fcntl", reason="Windows keeps no second run out")
-    code = "from pathlib import Path; from nanoem.folder import hold; import sys; " \
-           "hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    code = "from pathlib import Path; from nanoem.folder import lock; import sys; " \
+           "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         assert other.stdout.readline().strip() == b"held"
         with pytest.raises(UserError, match="in use by another run"):
-            hold(tmp_path)
+            lock(tmp_path)
         other.stdin.close()  # it ends
-    hold(tmp_path)
+    lock(tmp_path)
 
 
 def test_answers_of_finished_stages_are_there_after_a_stop(tmp_path):

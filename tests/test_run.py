@@ -14,7 +14,7 @@ import torch
 from nanoem import parallel, run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.experiment import STAGES
-from nanoem.folder import hold
+from nanoem.folder import lock
 from nanoem.real import RealConfig
 from nanoem.settings import all_keys, set_keys
 from nanoem.shell import exit_status, lacks_memory
@@ -270,8 +270,8 @@ def test_a_second_run_in_a_folder_leaves_and_a_killed_one_leaves_no_lock(capsys,
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "is in use by another run" in misuse(capsys, *SMALL, "--out", str(out))
         assert [path.name for path in out.iterdir()] == [".lock"]
-    hold(out)  # the file is there, the lock is gone with its process
-    hold(out)  # again, by the same process: rows open folders inside their run's
+    lock(out)  # the file is there, the lock is gone with its process
+    lock(out)  # again, by the same process: rows open folders inside their run's
     with open(out / ".lock", "w") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -354,8 +354,8 @@ def test_seeds_do_not_go_into_a_folder_of_ones_own(tmp_path, capsys):
 
 
 def test_a_second_run_over_the_same_seeds_leaves_at_once(tmp_path, capsys):
-    code = "from pathlib import Path; from nanoem.folder import hold_many; import sys, time; " \
-           "hold_many(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    code = "from pathlib import Path; from nanoem.folder import lock_many; import sys, time; " \
+           "lock_many(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
