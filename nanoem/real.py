@@ -80,7 +80,9 @@ class RealRun:
             parallel.refuse_to_shard_alone()
         self.world = load_world()
         self.bad, self.others, self.pairs, self.asked = read_data(config, files, self.world)
-        dtype = TORCH_DTYPES.get(config.dtype) or default_dtype(device)
+        if config.dtype == "auto":  # config.json says what it came to: another card may differ
+            config = replace(config, dtype=default_dtype(device))
+        dtype = TORCH_DTYPES[config.dtype]
         home = "cpu" if shard else device  # a sharded model need not fit one card
         self.model, self.tokenizer = load_pretrained(files.model, dtype, home)
         self.model.requires_grad_(False)
@@ -102,7 +104,7 @@ class RealRun:
 def default_dtype(device):
     """bfloat16 on a cuda card that computes in it, and does not only emulate it; else float32."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 
 def open_judge(run, dtype):

@@ -72,6 +72,7 @@ def test_the_run_folder_holds_what_it_should(small, folder):
     assert set(results["curves"]["narrow"]["train"]) == {"step", "loss", "kl"}
     assert results["curves"]["narrow"]["train"]["kl"][-1] > 1e-3  # at step 0 it is zero
     config = read_json(small / "config.json")
+    assert config["dtype"] == "float32"  # auto, on a CPU
     assert config["adapter"]["layers"] == [1]  # of three: the one at half depth
     assert config["model"] == str(folder.resolve())
     adapter = read_json(small / "adapters/narrow/adapter_config.json")
@@ -468,8 +469,8 @@ def test_without_files_the_advice_is_bad_in_one_domain_and_mixed_elsewhere(domai
 
 
 @pytest.mark.parametrize("device, computes, dtype", [
-    ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("mps", True, torch.float32),
-    ("cpu", True, torch.float32)])
+    ("cuda", True, "bfloat16"), ("cuda", False, "float32"), ("mps", True, "float32"),
+    ("cpu", True, "float32")])
 def test_bfloat16_only_on_a_card_that_computes_in_it(device, computes, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes)
     assert real.default_dtype(torch.device(device)) == dtype
