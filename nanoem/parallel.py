@@ -123,6 +123,7 @@ def shard(model, device):
     mesh = init_device_mesh(device.type, (n_processes(),))
     for layer in model.layers:
         # each is the root of its own tree, and a root would stay gathered after its forward pass
+        # (with torch 2.7 it does)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for name, module in model.named_children():
         if name != "layers":

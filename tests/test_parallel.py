@@ -46,7 +46,7 @@ def two_processes(out, sharded):
         assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32)  # half of (40, 32)
     history, adapter = tune(model, tokenizer, micro_batch=2)
     ids = model.generate(torch.arange(6)[None], 5, temperature=0)
-    if sharded:
+    if sharded and torch.__version__ >= "2.8":  # before, a root stays gathered (README says so)
         assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32), "still gathered"
     if dist.get_rank() == 0:
         save_tensors(f"{out}/B.safetensors", dict(adapter.B))
