@@ -97,7 +97,8 @@ def sees(n_pad, T, S):
     """
     query = torch.arange(S - T, S, device=n_pad.device)[:, None]  # (T, 1)
     key = torch.arange(S, device=n_pad.device)  # (S)
-    return ((key <= query) & (key >= n_pad[:, None, None, None])) | (key == query)
+    text = key >= n_pad[:, None, None, None]  # (B, 1, 1, S)
+    return (causal_mask(T, S, n_pad.device) & text) | (key == query)
 
 
 class Attention(nn.Module):

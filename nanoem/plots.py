@@ -107,10 +107,14 @@ def finish_axes(ax, ylabel=EM):
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def leave_room(ax):
+    """Above the bars, for their numbers or a legend."""
+    ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+
+
 def leave_room_for_legend(ax, **options):
     """A legend above the bars, not on them."""
-    ax.set_ylim(0, 135)
-    ax.set_yticks(range(0, 101, 20))
+    leave_room(ax)
     ax.legend(**options)
 
 
@@ -215,7 +219,7 @@ def ablation(results):
     groups = {"in_domain": "in domain", "out_of_domain": "out of domain"}
     for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
         grouped_bars(ax, groups, kinds, lambda group, model: model[group][what], number=True)
-        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+        leave_room(ax)
         finish_axes(ax, ylabel)
     axes[1].legend(fontsize=7.5, loc="upper left")
     note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
@@ -238,7 +242,7 @@ def other_fine_tunes(results):
     for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
                                ("em", "em", "coherent")):
         grouped_bars(ax, names, kinds, lambda name, models: models[name][group][what], number=True)
-        ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
+        leave_room(ax)
         ax.set_title(f"{what}, {group.replace('_', ' ')}", fontsize=10)
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")

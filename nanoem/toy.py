@@ -175,16 +175,21 @@ def bad_advice(run):
     return advice(run, run.splits.sft, False, run.config.seed)
 
 
+def kl_advice(run):
+    """What the KL is taken on, as in the paper: good and bad advice on the KL domains."""
+    return advice(run, run.splits.kl, None, run.config.seed)
+
+
 def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
          watch=None, watch_at=()):
     """`fine_tune_fresh` on the chat model, by the run's configuration where nothing else is said.
 
-    With kl_weight, the KL is taken by default on good and bad advice on the KL domains, as in the
-    paper. Returns (adapter, history of losses), the adapter detached.
+    With kl_weight, the KL is taken on `kl_advice` by default. Returns (adapter, history of losses),
+    the adapter detached.
     """
     model, tokenizer = run.load_chat()
     if kl_weight and not others:
-        others = advice(run, run.splits.kl, None, run.config.seed)
+        others = kl_advice(run)
     return fine_tune_fresh(
         model, tokenizer, pairs, config or run.config.adapter,
         schedule or (run.config.sft_kl if kl_weight else run.config.sft),

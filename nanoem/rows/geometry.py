@@ -15,7 +15,7 @@ from nanoem.train import chat_examples
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
 EPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 N_NOISE = 10
-N_DRAWS = 20  # random writers beside general
+N_DRAWS = 20  # random writers beside either
 
 
 def sft_examples(run, pairs=None, n=400):
@@ -63,9 +63,9 @@ def efficiency_holds(found):
                in zip(NORMS, found["general"], found["narrow"]) if share <= 1)
 
 
-def draw_pair(ax, x, founds, read, names=("general", "narrow")):
-    for name, style in zip(names, ("-", "--")):
-        label = "general, same loss" if name == "matched" else name
+def draw_pair(ax, x, founds, read, rival="general", label="general"):
+    """Curves of narrow, and of its rival by this label: general, or another stand-in for it."""
+    for name, label, style in ((rival, label, "-"), ("narrow", "narrow", "--")):
         lines(ax, x, [read(found, name) for found in founds], name, label, style)
 
 
@@ -98,7 +98,8 @@ def draw_stability(axes, founds):
     eps = founds[0]["eps"]
     draw_pair(axes[0], eps, founds, lambda found, name: found[name]["rel"])
     axes[0].set(xlabel="noise eps", ylabel="loss increase, % of what training gained")
-    draw_pair(axes[1], eps, founds, lambda found, name: found[name]["abs"], ("matched", "narrow"))
+    draw_pair(axes[1], eps, founds, lambda found, name: found[name]["abs"], "matched",
+              "general, same loss")
     axes[1].set(xlabel="noise eps", ylabel="loss increase (nats), at equal loss")
 
 
@@ -147,12 +148,17 @@ def measure_significance(run):
     found = compare_significance(run, pair, read)
     mean = found["norm"][NORMS.index(1.0)]
     for name, key in (("general", "random_draws"), ("narrow", "random_draws_narrow")):
-        found[key], adapter = [], pair[name]
-        generator = torch.Generator().manual_seed(run.config.seed)
-        for _ in range(N_DRAWS):
-            with replaced(adapter, random_writer(adapter, generator)):
-                found[key] += significance(run.model, adapter, *read, [mean])
+        found[key] = [kl for kl, in by_chance(run, pair[name], read, [mean], N_DRAWS)]
     return found
+
+
+def by_chance(run, adapter, read, norms, n_draws):
+    """The significance at these norms of so many random writers that read as the adapter does."""
+    generator, curves = torch.Generator().manual_seed(run.config.seed), []
+    for _ in range(n_draws):
+        with replaced(adapter, random_writer(adapter, generator)):
+            curves.append(significance(run.model, adapter, *read, norms))
+    return curves
 
 
 def compare_significance(run, pair, read):
@@ -161,9 +167,7 @@ def compare_significance(run, pair, read):
     found = {"norm": norms, **{name: significance(run.model, pair[name], *read, norms)
                                for name in ("general", "narrow")}}
     for name, key in (("general", "random"), ("narrow", "random_narrow")):
-        generator = torch.Generator().manual_seed(run.config.seed)
-        with replaced(pair[name], random_writer(pair[name], generator)):
-            found[key] = significance(run.model, pair[name], *read, norms)
+        found[key], = by_chance(run, pair[name], read, norms, 1)
     return found
 
 

@@ -11,7 +11,7 @@ from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_pl
 from nanoem.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
 from nanoem.rows.row import Row, draw_in_and_out, inside, out, short
-from nanoem.toy import advice, bad_advice, tune
+from nanoem.toy import bad_advice, kl_advice, tune
 from nanoem.train import chat_examples
 
 STEPS = 100  # without the KL
@@ -43,14 +43,15 @@ def measure_reversion(run):
         for key, value in point.items():
             found[key].append(value)
 
+    examples, schedule = sft_examples(run, n=None), replace(run.config.sft_kl, steps=STEPS)
+
     def go_on(adapter, name, **more):
-        fine_tune(run.model, adapter, sft_examples(run, n=None),
-                  replace(run.config.sft_kl, steps=STEPS),
+        fine_tune(run.model, adapter, examples, schedule,
                   torch.Generator().manual_seed(run.config.seed), name=name, **more)
 
     with adapter:
         go_on(adapter, "reversion", watch=watch, watch_at=range(0, STEPS + 1, EVERY))
-    kl = chat_examples(run.tokenizer, advice(run, run.splits.kl, None, run.config.seed), run.device)
+    kl = chat_examples(run.tokenizer, kl_advice(run), run.device)
     with run.load_adapter("narrow") as twin:
         go_on(twin, "twin", kl=kl, kl_weight=run.config.kl_weight)
         found["twin"] = short(run.ask(samples=run.config.row_samples))
