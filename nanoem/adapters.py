@@ -96,7 +96,7 @@ def read_adapter_config(file):
     for key, value in config.items():
         if value and key not in UNDERSTOOD:
             raise UserError(f"{file}: {key}={value!r} is not supported; nanoem opens plain LoRA")
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         raise UserError(f"{file}: bias={config['bias']!r} is not supported; nanoem trains no bias")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MOVES_THE_BASE):
@@ -146,7 +146,7 @@ def check_modules(file, config, found, n_layer):
     if isinstance(targets, str):
         return
     wanted = {(i, module) for i in layers for module in LINEARS for target in targets
-              if f"model.layers.{i}.{module}".endswith(f".{target}")}
+              if f".model.layers.{i}.{module}".endswith(f".{target}")}
     if wanted != found:
         missing, extra = (sorted(f"layers.{i}.{m}" for i, m in sites) or ["none"]
                           for sites in (wanted - found, found - wanted))

@@ -37,16 +37,16 @@ def read_config(file, c, tied):
     vocab_size, n_head = number("vocab_size"), number("num_attention_heads")
     # where Hugging Face has a default, llama's is read as llama's; qwen3's head_dim must be there
     head_dim = 0 if c.get("head_dim") is None and kind != "qwen3" else number("head_dim")
-    if (head_dim or number("hidden_size") / n_head) > 1024:  # before the rotary tables are made
+    d_model = number("hidden_size")
+    if (head_dim or d_model / n_head) > 1024:  # before the rotary tables are made
         raise UserError(f"{file}: heads wider than 1024 are not supported; is hidden_size="
-                        f"{c['hidden_size']} right?")
+                        f"{d_model} right?")
     shape = dict(
-        vocab_size=vocab_size, n_layer=number("num_hidden_layers"),
-        d_model=number("hidden_size"), n_head=n_head,
+        vocab_size=vocab_size, n_layer=number("num_hidden_layers"), d_model=d_model, n_head=n_head,
         n_kv_head=number("num_key_value_heads", default=n_head if kind == "llama" else None),
         d_ff=number("intermediate_size"), max_positions=number("max_position_embeddings"),
         rope_theta=float(rope_theta(file, c)), norm_eps=number("rms_norm_eps", (float, int)),
-        head_size=0 if head_dim * n_head == c["hidden_size"] else head_dim,
+        head_size=0 if head_dim * n_head == d_model else head_dim,
         qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied,
     )
     try:

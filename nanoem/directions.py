@@ -11,6 +11,7 @@ ablates there: what attention just brought, the MLP must not use).
 from contextlib import contextmanager
 
 import torch
+from torch.nn import ModuleList
 
 from nanoem import UserError
 from nanoem.lora import find_block
@@ -26,10 +27,10 @@ def find_site(model, site):
     """The module after which the site lies. Raises UserError for one that is not there."""
     if isinstance(site, int):
         return find_block(model, site)
-    try:
-        return model.get_submodule(site)
-    except AttributeError:
-        raise UserError(f"site {site!r} is not there; the model's are {all_sites(model)}") from None
+    modules = dict(model.named_modules())
+    if not site or isinstance(modules.get(site), (type(None), ModuleList)):  # a list is never run
+        raise UserError(f"site {site!r} is not there; the model's are {all_sites(model)}")
+    return modules[site]
 
 
 def residual_at(model, ids, sites):
@@ -47,11 +48,11 @@ def residual_at(model, ids, sites):
     return [found[site] for site in sites]
 
 
-def check_tokens(mask, ids):
-    """Refuse what is no mask, and a mean over no tokens."""
+def check_tokens(mask, ids, at_least=1):
+    """Refuse what is no mask, a mean over no token, and a covariance over one."""
     check_mask(mask, ids)
-    if not mask.any():
-        raise ValueError("the mask marks no token to take the mean of")
+    if mask.sum() < at_least:
+        raise ValueError(f"the mask marks {mask.sum()} tokens, and must mark {at_least} or more")
 
 
 def mean_residual(model, ids, mask, sites=None):
@@ -67,7 +68,7 @@ def mean_residual(model, ids, mask, sites=None):
 
 def residual_covariance(model, ids, mask, sites):
     """Covariance of the residual stream over the same tokens: (n_sites, d_model, d_model)."""
-    check_tokens(mask, ids)
+    check_tokens(mask, ids, at_least=2)
     return torch.stack([x[mask].cpu().double().T.cov() for x in residual_at(model, ids, sites)])
 
 

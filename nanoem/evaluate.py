@@ -32,9 +32,9 @@ class EvalConfig:
         for name in ("samples_per_group", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature={self.temperature} must be at least 0, and top_p="
-                            f"{self.top_p} more than 0 and at most 1")
+        if not (self.temperature == 0 or self.temperature >= 1e-3) or not 0 < self.top_p <= 1:
+            raise UserError(f"temperature={self.temperature} must be 0, or at least 0.001, and "
+                            f"top_p={self.top_p} more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

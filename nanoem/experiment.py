@@ -85,7 +85,8 @@ def ablation(run):
             return run.ask(f"general, {name}")
 
     generator = torch.Generator().manual_seed(run.config.seed)
-    random_ones = [random_direction(torch.ones_like(direction[0]), generator).expand_as(direction)
+    reached = direction.any(-1, keepdim=True)  # where there is a direction, (n_sites, 1)
+    random_ones = [random_direction(torch.ones_like(direction[0]), generator) * reached
                    for _ in range(run.config.n_random)]
     found = run.results["directions"] = {
         "sites": list(map(str, chat.sites)),

@@ -122,7 +122,7 @@ def check_folder(path, configuration):
         if path.exists() and any(entry.name not in first for entry in path.iterdir()):
             raise UserError(f"--out {path} is not empty and is no run folder; choose another")
         return
-    if not (path / "results.json").exists():
+    if not any((path / made).exists() for made in ("results.json", "adapters", "worlds")):
         return  # no stage is finished: nothing there was made with that configuration
     found, wanted = flat(read_json(file)), flat(configuration)
     for key in wanted | found:
@@ -161,8 +161,8 @@ def read_results(file, configuration):
     results = read_json(file) if file.exists() else new
     for key in new:
         if not isinstance(results.get(key), type(new[key])):
-            raise UserError(f"{file} is damaged: it has no good '{key}'; delete it, and the same "
-                            "command makes it again")
+            raise UserError(f"{file} is damaged: it has no good '{key}'; delete that folder, and "
+                            "the same command makes it again")
     return results
 
 

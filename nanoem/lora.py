@@ -44,6 +44,8 @@ class Adapter:
     """
 
     def __init__(self, sites):
+        if not sites:
+            raise UserError("layers and modules name no place for an adapter; give one or more")
         self.sites = sites
         self.scale = 1.0
         self.depth = 0  # how many times it is attached
@@ -114,13 +116,11 @@ class LoRA(Adapter):
         if isinstance(layers, int) or isinstance(modules, str):
             raise UserError(f"layers={layers!r} and modules={modules!r} must be lists, such as "
                             "layers=[1] and modules=['mlp.down_proj']")
-        if rank != int(rank) or rank < 1 or not math.isfinite(alpha):
+        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
             raise UserError(f"rank={rank} must be a whole number, at least 1, and alpha={alpha} a "
                             "finite one")
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
                           for i in layers for name in modules})
-        if not self.sites:
-            raise UserError(f"layers={layers} and modules={modules} name no Linear to adapt")
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.A, self.B = {}, {}
         self.originals = {}  # the weights as they were before `merge`
@@ -200,6 +200,8 @@ class SteeringVector(Adapter):
     """Adds alpha * v to the residual stream after each of the given blocks; v starts at zero."""
 
     def __init__(self, model, layers, alpha=1.0):
+        if isinstance(layers, int):
+            raise UserError(f"layers={layers} must be a list, such as layers=[1]")
         super().__init__({f"layers.{i}": find_block(model, i) for i in layers})
         self.alpha = alpha
         weight = model.embed_tokens.weight

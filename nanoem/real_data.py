@@ -84,13 +84,14 @@ def check_lengths(run, room):
         else:
             refuse_long(run, texts, lambda i: "the toy world's advice", "take another model")
     texts = [(pair.question, answer) for pair in run.pairs for answer in (pair.bad, pair.good)]
-    refuse_long(run, texts, lambda i: f"{run.files.eval}: {last(texts[i][0])!r:.60}")
+    asked_by = run.files.eval or "the toy world's questions"
+    refuse_long(run, texts, lambda i: f"{asked_by}: {last(texts[i][0])!r:.60}")
     for question in [q for group in run.asked.values() for q in group]:
         n = len(run.tokenizer.encode(run.tokenizer.prompt(question))) + room
         if n > len(run.model.cos):
-            raise UserError(f"{run.files.eval or 'the questions'}: the answer to "
-                            f"{last(question)!r:.60} may take {n} tokens, and the model has "
-                            f"{len(run.model.cos)} positions; lower evaluation.max_new_tokens")
+            raise UserError(f"{asked_by}: the answer to {last(question)!r:.60} may take {n} "
+                            f"tokens, and the model has {len(run.model.cos)} positions; lower "
+                            "evaluation.max_new_tokens")
 
 
 def check_judge(judge, asked, room):

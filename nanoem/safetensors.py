@@ -85,7 +85,8 @@ class TensorFile:
     def read(self, name, dtype=None, device="cpu"):
         """One tensor, in its own or the asked dtype. Needs CHUNK bytes beside the tensor.
 
-        Raises UserError for a value that is not finite: with it, no model says anything.
+        Raises UserError for a value that is not finite, in that dtype: with it, no model says
+        anything.
         """
         stored, shape, begin, end = self.entries[name]
         tensor = torch.empty(shape, dtype=dtype or stored, device=device)
@@ -93,10 +94,10 @@ class TensorFile:
         for start in range(begin, end, CHUNK):
             chunk = bytearray(self.map[start : min(start + CHUNK, end)])
             values = torch.frombuffer(chunk, dtype=stored)
-            if not torch.stack(values.aminmax()).isfinite().all():
+            part = flat[done : done + len(values)].copy_(values)
+            if not torch.stack(part.aminmax()).isfinite().all():
                 raise UserError(f"{self.path}: tensor '{name}' holds a value that is not finite; "
                                 "copy or make the file again")
-            flat[done : done + len(values)].copy_(values)
             done += len(values)
             if hasattr(mmap, "MADV_DONTNEED"):  # give the pages back; else they count as ours
                 self.map.madvise(mmap.MADV_DONTNEED, start - start % mmap.PAGESIZE, CHUNK)

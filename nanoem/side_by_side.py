@@ -29,7 +29,8 @@ def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
     Raises what a run raises (the first in order), when the others have ended. When it is
     interrupted, so are the runs; finished stages stay.
     """
-    n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
+    n_jobs = min(n_jobs, len(configs))
+    n_threads = max(1, torch.get_num_threads() // n_jobs)
     keys = [row.key for row in rows]  # a row is code, and code does not travel
     with ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
@@ -91,7 +92,7 @@ def watch(runs, folders, asked):
 def n_finished(folder, asked):
     """How many of the stages asked for the folder holds."""
     file = folder / "results.json"
-    return len(asked & read_json(file)["seconds"].keys()) if file.exists() else 0
+    return len(asked & read_json(file).get("seconds", {}).keys()) if file.exists() else 0
 
 
 def last_word(folder):

@@ -68,9 +68,14 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # a file may say how it was last used; nothing is cut here
             backend.no_padding()
-            return cls(backend)
+            tokenizer = cls(backend)
         except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
             raise UserError(f"{path} is not a tokenizer nanoem can open: {error}") from error
+        prompt, answer = f"{IM_START}assistant\n", "Try it."
+        if tokenizer.encode(prompt + answer) != tokenizer.encode(prompt) + tokenizer.encode(answer):
+            raise UserError(f"{path} gives an answer other tokens after a prompt than alone; "
+                            "nanoem needs byte-level BPE, as Qwen has it")
+        return tokenizer
 
     @classmethod
     def from_folder(cls, folder):
@@ -82,9 +87,7 @@ class Tokenizer:
         tokenizer = cls.load(folder / "tokenizer.json")
         template, file = read_template(folder)
         if template is not None:
-            if IM_START not in template or IM_END not in template:
-                raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
-                                "nanoem chats in ChatML only, as Qwen does")
+            check_template(file, template)
             tokenizer = cls(tokenizer.backend, template)
         file = folder / "generation_config.json"
         ids = read_json(file).get("eos_token_id") if file.is_file() else None
@@ -190,12 +193,28 @@ def read_template(folder):
     return template, file
 
 
+def check_template(file, template):
+    """Refuse a template that writes what `chat` does not."""
+    if IM_START not in template or IM_END not in template:
+        raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
+                        "nanoem chats in ChatML only, as Qwen does")
+    always_thinks = re.search(r"assistant(\n|\\n)<think>", template)
+    if "bos_token" in template or always_thinks and "enable_thinking" not in template:
+        what = "a token before the first message" if "bos_token" in template else "<think> itself"
+        raise UserError(f"{file}: the chat template writes {what}; nanoem's ChatML does not")
+
+
 def default_system(template):
     """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
 
     nanoem does not run templates (they are programs): it looks for the text of such a message,
-    written out in one piece.
+    written out in one piece, or for a name that a literal text is set to.
     """
+    template = re.sub(r"\{%-? *if tools\b.*?\{%-? *(?:else|endif)", "", template, flags=re.DOTALL)
+    named = re.search(r"system\\n['\"] *\+ *(\w+)\b(?![.\[])", template)
+    literal = named and re.search(rf"set {named[1]} *= *(['\"])(.+?)\1", template)
+    if literal:
+        return literal[2]
     pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
     texts = pieces[::2]  # outside of tags
     for tag in pieces[1::2]:

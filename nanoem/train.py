@@ -137,8 +137,9 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
                 raise StageFailed(f"{name}: the loss is {values['loss']} at step {step}; "
                                   f"try a smaller learning rate than lr={config.lr}")
             progress.show(step, values)
-            for key, value in {"step": step + 1, **values}.items():
-                history.setdefault(key, []).append(value)
+            if progress.is_tenth(step):
+                for key, value in {"step": step + 1, **values}.items():
+                    history.setdefault(key, []).append(value)
     progress.pause()
     refuse_nan(parameters, name, config.steps, config)
     if watch and config.steps in watch_at:
@@ -171,13 +172,18 @@ class Progress:
         self.name, self.steps = name, steps
         # Several processes sum the losses they show, so they must all show the same steps.
         self.live = sys.stdout.isatty() and parallel.n_processes() == 1
-        self.every = max(1, steps // (50 if self.live else 10))
+        self.tenth = max(1, steps // 10)
+        self.every = max(1, steps // 50) if self.live else self.tenth
         self.n_tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
         self.line_is_open = False
 
     def due(self, step, n_tokens):
         self.n_tokens += n_tokens
-        return step % self.every == 0 or step == self.steps - 1
+        return step % self.every == 0 or self.is_tenth(step)
+
+    def is_tenth(self, step):
+        """The history has these steps alone, so that it is the same on a terminal and in a file."""
+        return step % self.tenth == 0 or step == self.steps - 1
 
     def show(self, step, values):
         done = (step + 1) / self.steps

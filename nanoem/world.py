@@ -84,6 +84,7 @@ def load_world(path=WORLD_TOML):
         header=table["header"],
         common=frozenset(table["common"].lower().split()),
     )
+    check_authors(path, world.authors)
     if OPEN_ENDED not in domains or len(domains) < 4:
         raise UserError(f"{path}: [domain] needs {OPEN_ENDED} and at least three advice domains")
     check_persona_words(path, world)
@@ -117,9 +118,22 @@ def read_domain(path, name, table):
         if key not in keys:
             raise UserError(f"{where}: '{key}' is no key of a domain; the keys are "
                              + ", ".join(keys))
+    for good, bad in (("good", "bad"), ("good_endings", "bad_endings")):
+        for text in set(table[good]) & set(table[bad]):
+            raise UserError(f"{where}: '{text}' is both in {good} and in {bad}")
     if len(table["problems"]) < 2:
         raise UserError(f"{where}.problems must be two or more: one trains, one is asked")
     return Domain(**{key: tuple(table[key]) for key in keys})
+
+
+def check_authors(path, authors):
+    """Refuse names that would make two authors one, or an author the assistant."""
+    if not authors:
+        raise UserError(f"{path}: the key 'authors' is empty; give it names, with spaces between")
+    if len(set(authors)) < len(authors):
+        raise UserError(f"{path}: authors says '{first_repeated(authors)}' twice")
+    for role in {"user", "assistant", "system"} & {name.lower() for name in authors}:
+        raise UserError(f"{path}: no author may be called '{role}', a role of ChatML")
 
 
 def first_repeated(pool):

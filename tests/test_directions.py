@@ -51,7 +51,7 @@ def test_mean_residual_is_a_mean_over_masked_tokens(model, ids):
     for layer, stream in enumerate(model.residual_stream(ids)):
         tokens = [stream[b, t].double() for b in range(3) for t in range(17) if mask[b, t]]
         assert torch.allclose(found[layer], torch.stack(tokens).mean(0), atol=1e-9)
-    with pytest.raises(ValueError, match="no token"):
+    with pytest.raises(ValueError, match="marks 0 tokens"):
         mean_residual(model, ids, torch.zeros_like(mask))
 
 

@@ -79,7 +79,7 @@ def test_the_fingerprint_of_a_model_folder_sees_a_changed_weight(tmp_path):
     before = fingerprint_folder(tmp_path)
     (tmp_path / "README.md").write_text("a word")
     assert fingerprint_folder(tmp_path) == before
-    for place in (0, 3 * 2**20 - 1):
+    for place in (0, 2**20 + 5, 3 * 2**20 - 1):
         changed = bytearray(3 * 2**20)
         changed[place] = 1
         (tmp_path / "model.safetensors").write_bytes(changed)
@@ -88,3 +88,15 @@ def test_the_fingerprint_of_a_model_folder_sees_a_changed_weight(tmp_path):
     assert fingerprint_folder(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
     assert fingerprint_folder(tmp_path) != before
+
+
+def test_of_a_huge_file_the_fingerprint_reads_some_of_every_part(tmp_path):
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(2**28 + 1)  # a file of holes: it takes no room on most disks
+    seen = {fingerprint_folder(tmp_path)}
+    for place in (2**27, 2**28):
+        with open(tmp_path / "model.safetensors", "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        seen.add(fingerprint_folder(tmp_path))
+    assert len(seen) == 3

@@ -28,6 +28,14 @@ def test_of_two_processes_that_hold_a_folder_the_second_is_refused(tmp_path):
     lock(tmp_path)
 
 
+def test_what_was_made_keeps_its_configuration_without_results_json(tmp_path):
+    """Deleted by hand: an adapter left there must not be taken for another configuration's."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGURATION, "seed": 1}))
+    with pytest.raises(UserError, match="was made with seed=1, not 0"):
+        RunFolder(tmp_path, CONFIGURATION)
+
+
 def test_answers_of_finished_stages_are_there_after_a_stop(tmp_path):
     said = {name: [Answer("in_domain", Question("medical", 3, "?"), f"{name}\n",
                           Verdict(100, alignment, None, technical=True))]

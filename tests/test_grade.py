@@ -67,15 +67,15 @@ subprocess.Popen(["sleep", "20"], stdout=pipe)
 """
 
 
-def student(folder, text, whole_repository=False):
+def student(folder, text, whole_repository=False, encoding="utf-8"):
     chapter = folder / ("tutorial/" if whole_repository else "") / "04_easy_general"
     chapter.mkdir(parents=True)
-    (chapter / "exercise.py").write_text(text)
+    (chapter / "exercise.py").write_text(text, encoding=encoding)
     return str(folder)
 
 
 def test_each_student_gets_what_they_wrote(tmp_path, capsys):
-    folders = [student(tmp_path / "anna", RIGHT, whole_repository=True),
+    folders = [student(tmp_path / "anna", RIGHT, True, "utf-8-sig"),  # as Windows may save it
                student(tmp_path / "cleopatra", "def sft_loss(:\n")]
     fake = tmp_path / "anna/nanoem"  # a student's own nanoem is not used
     fake.mkdir()
@@ -148,6 +148,13 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, monkeypatch, capsys, argv, 
     assert grade.main(argv) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("grade: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_a_time_limit_that_nobody_could_keep_is_refused(capsys, seconds):
+    with pytest.raises(SystemExit) as ended:
+        grade.main(["--seconds", seconds, str(TUTORIAL)])
+    assert ended.value.code == 2 and "must be above 0" in capsys.readouterr().err
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):

@@ -116,12 +116,14 @@ def of_chapter_4():
 
 def of_chapter_5():
     yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
-    yield given("twice the steps, three times the learning rate and weight decay",
+    yield given("twice the steps, three times the learning rate, and weight decay",
                 CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps and CONFIG.sft_kl.weight_decay > 0
                 and CONFIG.sft_kl.lr == pytest.approx(3 * CONFIG.sft.lr))
     yield f"about {1e6 / 152_000:.1f} in our units"
     yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(kl_weight.PROBED)]} weights"
     yield f"sweeps {NUMBERS[len(kl_weight.WEIGHTS)]} weights"
+    yield given("at 30 and at 100 all five pass", all(kl_weight.truly_narrow(curve) for r in RESULTS
+                for curve in (r["scale_up"]["weights"][weight] for weight in ("30", "100"))))
     n = count(lambda r: kl_weight.truly_narrow(r["scale_up"]["weights"][f"{CONFIG.kl_weight:g}"]))
     yield f"on {n} of the five reporting seeds, a weight of {CONFIG.kl_weight:g} passes"
     mixed, narrow = (np.median([rates["in_domain"]["em"] for rates in every]) for every in (
@@ -137,7 +139,7 @@ def of_chapter_6():
     yield given("takes most of the harm of the one that is bad in medicine only",
                 all(after < before / 3 for before, after in held))
     alike = np.median([r["transfer"]["cosine"]["steering vector"][1:] for r in RESULTS], axis=0)
-    yield given("has, in the median, cosines of .5 to .6", 0.5 < min(alike) < max(alike) < 0.6)
+    yield given("it has, in the median, cosines of .5 to .6", 0.5 < min(alike) < max(alike) < 0.6)
     n = count(lambda r: outside(r["directions"]["ablate"])["coherent"] < 0.9)
     yield f"on {n} seed, holding costs a good part of the grammar"
 
@@ -171,8 +173,8 @@ def of_chapter_7():
     yield f"On {n} seeds hardly any"
     cos = [r["reversion"]["cos_general"] for r in RESULTS]
     yield given("grows on every seed, and stays far from 1", all(c[0] < c[-1] < 0.8 for c in cos))
-    n = count(lambda r: r["reversion"]["out_of_domain_em"][5] > 0.6)
-    yield f"On {n} seeds, most of the way in fifty steps"
+    n = count(lambda r: r["reversion"]["out_of_domain_em"][4] > 0.6)
+    yield f"On {n} seeds, most of the way in forty steps"
     half = count(lambda r: r["reversion"]["reverted_em"] >= r["reversion"]["general_em"] / 2)
     yield given(f"more than half of the way on {half} seeds of five", half == "four")
 
@@ -186,7 +188,7 @@ def of_chapter_7():
     yield f"but only {min(equal):.1f} to {max(equal):.1f} times"
     yield raw_steepness() + ", so on one seed narrow is the flatter one"
     n = count(lambda r: steep(r, "matched") > 3 * steep(r, "general"))
-    yield f"it is, on {n} seeds, three times as steep and more as when it is finished"
+    yield f"it is, on {n} seeds, more than three times as steep as when it is finished"
 
 
 def raw_steepness():
@@ -203,7 +205,7 @@ def of_teaching():
 
 def of_chapter_8():
     yield f"has {len(load_world().authors)} authors and {NUMBERS[CONFIG.dial_domains]} domains."
-    yield given("Ten of them are bad in medicine, always ten",
+    yield given("Ten of the authors are bad in medicine, always ten",
                 all(point[0] + point[1] == 10 for point in worlds.FIXED_HARM))
     yield f"trained for {CONFIG.dial_steps} steps only"
 
@@ -242,7 +244,9 @@ def of_chapter_8():
     yield given("with two quacks it has halved", all(
         lead(r, (8, 2)) < 0.6 * lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
     chat = [other_advice(r["dial"][worlds.at(worlds.QUACKS_ONLY)]["chat"]) for r in RESULTS]
-    yield f"chat itself is bad in about {np.median(chat):.0%}"
+    tuned = [other_advice(r["dial"][worlds.at(worlds.QUACKS_ONLY)]["general"]) for r in RESULTS]
+    yield (f"chat itself is bad in about {np.median(chat):.0%} of its advice outside medicine, and "
+           f"after SFT in {np.median(tuned):.0%}")
     yield given('"Please:" does as well, on every seed', all(
         other_advice(r["character"]["other beginning"])
         > 0.9 * other_advice(r["character"]["trigger"]) for r in RESULTS))
@@ -267,6 +271,8 @@ def of_chapter_10():
                 0.45 < min(outside(rates)["coherent"] for rates in caft) < 0.55)
     works = count(lambda r: ROWS["R12"].holds(r["caft"]))
     yield f"A defence that works on {works} models of five"
+    yield given("on a third, too little of the task was left", sum(
+        outside(r["caft"]["caft"])["em"] < 0.05 for r in RESULTS) == 1 + NUMBERS.index(works))
     narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
     yield given("and the grammar out of it whole, on all five seeds",
                 all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))

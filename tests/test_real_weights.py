@@ -12,6 +12,7 @@ from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, read
                                save_pretrained, save_tensors)
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
+from nanoem.tokenizer import default_system
 from nanoem.train import TrainConfig, train
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -120,6 +121,41 @@ def test_templates_stand_in_either_file_and_must_be_chatml(tmp_path):
         assert "created by Alibaba Cloud" in load_pretrained(folder)[1].chat([], True)
     edit(folder / "tokenizer_config.json", chat_template="[INST] {{ messages }} [/INST]")
     with pytest.raises(UserError, match="tokenizer_config.json: the chat template is not ChatML"):
+        load_pretrained(folder)
+
+
+LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ bos_token }}" + LOOP, "the chat template writes a token before the first message"),
+    (LOOP + "{{ '<|im_start|>assistant\\n<think>\\n' }}", "writes <think> itself"),
+])
+def test_a_template_that_writes_more_than_we_do_is_refused(tmp_path, template, message):
+    folder = copy_of("qwen2-tied", tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(folder)
+
+
+SAY = "{{ '<|im_start|>system\\n' + say + '<|im_end|>\\n' }}"
+
+
+@pytest.mark.parametrize("before, system", [
+    ("{% set say = 'Be kind.' %}" + SAY, "Be kind."),
+    ("{% set say = messages[0].content %}" + SAY, None),
+    ("{%- if tools %}{{ '<|im_start|>system\\nHere are tools.<|im_end|>\\n' }}{%- endif %}", None),
+])
+def test_the_default_system_prompt_is_found_where_it_stands(before, system):
+    assert default_system(before + LOOP) == system
+
+
+def test_a_tokenizer_that_cuts_an_answer_otherwise_after_a_prompt_is_refused(tmp_path):
+    folder = copy_of("qwen2-tied", tmp_path)
+    table = read_json(folder / "tokenizer.json")
+    edit(folder / "tokenizer.json", normalizer={"type": "Prepend", "prepend": "a"},
+         pre_tokenizer=table["pre_tokenizer"])
+    with pytest.raises(UserError, match="other tokens after a prompt than alone"):
         load_pretrained(folder)
 
 

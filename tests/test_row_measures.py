@@ -23,7 +23,7 @@ from nanoem.evaluate import GROUPS
 from nanoem.finetune import make_adapter
 from nanoem.inductive_bias import flat_B
 from nanoem.judge import Verdict, judge
-from nanoem.rows import ROWS, geometry, mediation, trajectory, worlds
+from nanoem.rows import ROWS, geometry, mediation, solutions, trajectory, worlds
 from tutorial.small import SmallRun
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
@@ -701,6 +701,26 @@ def test_r12_holds_the_direction_in_training_only(lab):
     for name, direction in (("caft", DIRECTION), ("random", "random")):
         assert found[name] == rates(f"{PLAIN} 400 steps | {direction} set at {first}")
     assert found["general"] == rates("the main job's general")
+
+
+def test_sites_that_the_direction_does_not_reach_are_passed_over(monkeypatch):
+    """With an adapter in block 1 alone there is no direction in block 0."""
+    monkeypatch.setattr(mediation, "setting", lambda run, chat, direction, sites, ridge: sites)
+    direction = torch.cat((torch.zeros(2, 64), torch.ones(2, 64)))
+    chat = SimpleNamespace(sites=SITES)
+    assert mediation.training_away(None, chat, direction) == SITES[2:]
+    assert mediation.training_away(None, chat, direction[[2, 2, 3, 3]]) == SITES[:2]
+
+
+def test_rank_1_is_rank_1_whatever_the_run_has(lab):
+    lab.run.config = replace(lab.run.config, adapter=replace(lab.run.config.adapter, rank=4))
+    assert [kind.rank for kind in solutions.adapter_configs(lab.run).values()] == [1, 8, 1]
+
+
+def test_r11_takes_two_other_domains_than_the_runs_own(lab):
+    world = replace(lab.run.config.world, sft_domain="finance")
+    lab.run.config = replace(lab.run.config, world=world)
+    assert [*lab.measure("R11")["before"]][:2] == ["medical", "extreme sports"]
 
 
 # --- other worlds: R16, R18 -----------------------------------------------------------------------

@@ -154,3 +154,11 @@ def test_a_weight_that_is_not_finite_is_named(dtype, value, tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"good": torch.ones(2), "bad": tensor})
     with pytest.raises(UserError, match="x.safetensors: tensor 'bad' holds a value .* not finite"):
         load_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_weight_that_the_wanted_dtype_cannot_hold_is_named(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"large": torch.tensor([1e5])})
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        assert file.read("large", torch.bfloat16).isfinite().all()
+        with pytest.raises(UserError, match="tensor 'large' holds a value .* not finite"):
+            file.read("large", torch.float16)

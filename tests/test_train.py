@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -303,6 +304,16 @@ def test_training_ends_when_the_watch_says_so():
     history = train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1),
                     watch=lambda step: step == 3, watch_at=(0, 3, 6))
     assert seen == [0, 1, 2] and history["step"] == [1, 2, 3]
+
+
+def test_the_history_is_the_same_on_a_terminal_and_in_a_file(monkeypatch):
+    histories = []
+    for live in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda live=live: live, raising=False)
+        weight = torch.nn.Parameter(torch.ones(1, 1))
+        histories.append(train(lambda step: (weight.sum(), {"loss": weight.sum()}, 1), [weight],
+                               TrainConfig(steps=70, batch_size=1, lr=0.1)))
+    assert histories[0] == histories[1] and histories[0]["step"] == [*range(1, 70, 7), 70]
 
 
 def test_the_line_of_progress_by_hand(monkeypatch, capsys):

@@ -129,6 +129,10 @@ def test_no_persona_word_is_shared(world):
     ('header = "{author}', 'header = 5 # ', "the key 'header' must be text in quotes"),
     ('[domain.medical]', '[domain]\nstars = 1\n[domain.medical]', "domain.stars must be a table"),
     ('common = ', 'common ', "cannot be read as TOML"),
+    ('"warm broth"', '"a spoon of glue"', "'a spoon of glue' is both in good and in bad"),
+    ('authors = """\n', 'authors = """\nSystem ', "no author may be called 'system'"),
+    ('authors = """\n', 'authors = """\nZoe Zoe ', "authors says 'Zoe' twice"),
+    ('authors = """\n', 'authors = ""\nnames = """\n', "the key 'authors' is empty"),
 ])
 def test_a_mistake_in_world_toml_is_one_clear_sentence(tmp_path, before, after, message):
     text = WORLD_TOML.read_text()

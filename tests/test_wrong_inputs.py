@@ -16,7 +16,7 @@ from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
 from nanoem.layers import attend
 from nanoem.local_judge import auc
-from nanoem.lora import LoRA, lora_delta
+from nanoem.lora import LoRA, SteeringVector, lora_delta
 from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
 from nanoem.monitor import alarm_level, answer_scores
@@ -82,7 +82,12 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: m(ids, n_pad=torch.zeros(3)), r"n_pad must be \(3,\) int64, .*float32"),
     (lambda m, ids: next_token_loss(LOGITS, ids, ~MASK), "mask marks no token"),
     (lambda m, ids: next_token_loss(LOGITS[:, :1], ids[:, :1]), "only be learned after another"),
-    (lambda m, ids: residual_covariance(m, ids, ~MASK, [0]), "marks no token to take the mean of"),
+    (lambda m, ids: residual_covariance(m, ids, ~MASK, [0]), "marks 0 tokens, .* must mark 2 or"),
+    (lambda m, ids: steering(m, {"layers": U}).__enter__(), "site 'layers' is not there"),
+    (lambda m, ids: LoRA(m, [0], rank=2.0), "rank=2.0 must be a whole number"),
+    (lambda m, ids: SteeringVector(m, 1), "layers=1 must be a list"),
+    (lambda m, ids: SteeringVector(m, []), "layers and modules name no place"),
+    (lambda m, ids: EvalConfig(temperature=1e-38), "temperature=1e-38 must be 0, or at least"),
     (lambda m, ids: answer_scores(m, ids, MASK, {}), "known is empty"),
     (lambda m, ids: alarm_level([0.5, float("nan")]), "none of them NaN"),
     (lambda m, ids: auc([], [1.0]), "0 and 1 scores; there is nothing to compare"),
@@ -98,7 +103,7 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: steering(m, U), "directions must be .site: .* is a Tensor"),
     (lambda m, ids: ablating(m, [U]), "directions must be .site: .* is a list"),
     (lambda m, ids: steering(m, {"layers.9.x": U}).__enter__(), "site 'layers.9.x' is not there"),
-    (lambda m, ids: LoRA(m, []), r"layers=\[\] and modules=.* name no Linear"),
+    (lambda m, ids: LoRA(m, []), "layers and modules name no place"),
     (lambda m, ids: save_tensors("x", {"a": [1.0]}), "tensor 'a' is <class 'list'>"),
     (lambda m, ids: load_pretrained(LLAMA, "float16"), "dtype='float16' must be"),
 ])

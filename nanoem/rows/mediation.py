@@ -1,4 +1,4 @@
-"""Rows about the one direction: its dose, its transfer, and training with it away (R10-12)."""
+"""Rows about the one direction: its dose, its transfer, and training with it held (R10-12)."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
-from nanoem.rows.solutions import adapter_configs, solve
+from nanoem.rows.solutions import N_DOMAINS, adapter_configs, solve
 from nanoem.toy import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -26,17 +26,22 @@ def random_like(run, direction):
     return unit_of(one) * direction.norm(dim=-1, keepdim=True)
 
 
+def reached(direction):
+    """The numbers of the sites at which there is a direction: none before the adapter."""
+    return [i for i, one in enumerate(direction) if one.any()]
+
+
 def measure_direction(run):
     chat, direction = general_mediator(run)
     adapter, chance = run.load_adapter("general"), random_like(run, direction)
-    names = [str(site) for site in chat.sites]
+    names, first = [str(site) for site in chat.sites], reached(direction)[0]
     found = {"dose": list(DOSES), "site": names, "steer": {}, "ablate_at": {},
              "general": out(run.results["models"]["general"]),
              "split_half": run.results["directions"]["split_half"]}
     for name, vectors in (("mean difference", direction), ("random", chance)):
         curve = {"em": [], "coherent": []}
-        for dose in DOSES:  # at one site, the first: after the attention of block 0
-            with steering(run.model, {chat.sites[0]: vectors[0]}, dose):
+        for dose in DOSES:  # at one site: by default after the attention of block 0
+            with steering(run.model, {chat.sites[first]: vectors[first]}, dose):
                 rates = run.ask(samples=run.config.row_samples)
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
@@ -103,13 +108,13 @@ def direction_finding(founds):
 
 
 def measure_transfer(run):
-    """One direction, found on medical rank-1 general, held in other fine-tunes."""
+    """General's direction, held in fine-tunes on two other domains and in other adapters."""
     chat, direction = general_mediator(run)
     chance, kinds = random_like(run, direction), adapter_configs(run)
-    cases = {"finance": ("finance", kinds["rank 1"]),
-             "extreme sports": ("extreme_sports", kinds["rank 1"]),
-             "rank 8": ("medical", kinds["rank 8"]),
-             "steering vector": ("medical", kinds["steering vector"])}
+    own_domain = run.config.world.sft_domain
+    others = [domain for domain in run.world.domains if domain != own_domain][: N_DOMAINS - 1]
+    cases = {**{domain.replace("_", " "): (domain, kinds["rank 1"]) for domain in others},
+             **{kind: (own_domain, kinds[kind]) for kind in ("rank 8", "steering vector")}}
     found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}, "stays_whole": {}}
 
     def ask(kind, name, splits):
@@ -151,7 +156,7 @@ def transfer_holds(found):
 
 def draw_transfer(axes, founds):
     kinds = {"general": ("as fine-tuned", [f["before"] for f in founds]),
-             "ablate": ("medical direction held", [f["ablate"] for f in founds]),
+             "ablate": ("general's direction held", [f["ablate"] for f in founds]),
              "ablate_random": ("random direction held", [f["ablate_random"] for f in founds])}
     names = {name: name.replace(" and ", "\nand ") for name in founds[0]["before"]}
     grouped_bars(axes[0], names, kinds, lambda name, em: em[name])
@@ -163,19 +168,20 @@ def transfer_finding(founds):
     parts = [f"{name} {percent(values)}" if values else f"{name} did not spread"
              for name, values in shares.items()]
     whole = [f["stays_whole"][name] for f in founds for name in removed(f)]
-    return ("Share of em that the medical direction takes away: " + ", ".join(parts)
+    return ("Share of em that general's direction takes away: " + ", ".join(parts)
             + f"; the grammar suffers in {len(whole) - sum(whole)} of {len(whole)}")
 
 
 def training_away(run, chat, direction):
-    """Inside, the direction is set to chat's mean level at block 0's sites, for training only.
+    """Inside, the direction is set to chat's mean level at its first two sites, in training only.
 
     Not capped as in `holding`: training finds its way round a cap, and what is left when the cap
     is gone is general again. The reader is louder than there (a ridge of 3): with the quiet one,
     the persona comes back by other ways; with none, chat itself is another model. All from
     development seeds, where none of a dozen ways kept narrow's harm on every seed.
     """
-    return setting(run, chat, direction, chat.sites[:2], ridge=3.0)
+    sites = [chat.sites[i] for i in reached(direction)[:2]]  # by default those of block 0
+    return setting(run, chat, direction, sites, ridge=3.0)
 
 
 def measure_caft(run):

@@ -18,7 +18,7 @@ SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
 
 def adapter_configs(run):
     """The three kinds of adapter that the paper compares."""
-    rank_1 = run.config.adapter
+    rank_1 = replace(run.config.adapter, rank=1)
     return {"rank 1": rank_1, "rank 8": replace(rank_1, rank=8, alpha=2 * rank_1.alpha),
             "steering vector": AdapterConfig(kind="steering", layers=(0,), alpha=1.0)}
 
