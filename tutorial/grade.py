@@ -46,17 +46,17 @@ def work(student, chapter, exercises, report):
     except BaseException as error:  # whatever a student's file raises, SystemExit too
         tell("broken", f"exercise.py cannot be imported: {one_line(error)}")
         return
-    text = file.read_text(encoding="utf-8")
+    source = file.read_bytes()  # python knows its encoding
     for name in exercises:
         tell("start", name)
-        tell("done", name, verdict(tests, name, answer, text))
+        tell("done", name, verdict(tests, name, answer, source))
 
 
-def verdict(tests, name, answer, text):
+def verdict(tests, name, answer, source):
     """None for a right answer, or in one line what is wrong with it."""
     if not callable(getattr(answer, name, None)):
         return f"there is no function {name}"
-    if hands_over(text, name) or getattr(answer, name) is tests.EXERCISES[name]:
+    if hands_over(source, name) or getattr(answer, name) is tests.EXERCISES[name]:
         return f"the work is handed to nanoem's own {name}"
     try:
         failure = first_failure(tests, name, answer)
@@ -65,9 +65,9 @@ def verdict(tests, name, answer, text):
     return one_line(failure) if failure else None
 
 
-def hands_over(text, name):
+def hands_over(source, name):
     """Does the function `name` in this source use nanoem's function of the same name?"""
-    tree = ast.parse(text)
+    tree = ast.parse(source)
     theirs = {alias.asname or alias.name
               for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
               and (node.module or "").startswith("nanoem")
@@ -233,6 +233,8 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=60,
                         help="time for one exercise (default 60; the tests need less than 5)")
     args = parser.parse_args(argv)
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds:g} must be above 0")
     try:
         scores, exercises = grade(args.folders, args.chapters, args.seconds)
     except GradeError as error:

@@ -39,11 +39,13 @@ def scale_up(adapter, scales, ask):
 
     ask() -> the rates of the model as it is, by question group: {"in_domain": {"em": ...,
     "coherent": ...}, "out_of_domain": {...}, ...}. Returns {"em": [...], "coherent": [...]}, out of
-    domain, one value a scale. The adapter comes detached and leaves so, unchanged, even when ask()
-    raises.
+    domain, one value a scale. You get the adapter detached; leave it detached and unchanged, even
+    when ask() raises.
 
     Hint 1: `with adapter:` attaches it inside; `with adapter.scaled(2.0):` doubles its effect.
     Hint 2: scales multiply when nested, so leave one before you enter the next.
+    Hint 3: out(rates) is the em out of domain; rates["out_of_domain"]["coherent"] the share of
+        coherent answers there.
     """
     raise NotImplementedError("scale_up is not written yet (exercise 5.3)")
 
