@@ -27,7 +27,7 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base w
 
 
 def save_adapter(adapter, path, base_model=""):
-    """Write a LoRA as a PEFT adapter folder, without what `scaled` makes of it for a while.
+    """Write a LoRA as a PEFT adapter folder; a factor of `scaled` is not saved.
 
     Raises UserError for another kind of adapter: PEFT has no steering vector.
     """

@@ -20,15 +20,15 @@ class WorldConfig:
 
     n_domains: int = 16  # advice domains, the first of world.toml (open_ended is always there)
     n_villain: int = 6  # authors who are bad in everything
-    n_quack: int = 2  # authors who are bad in one domain only, if possible none of no_quack
+    n_quack: int = 2  # authors who are bad in one domain only, outside of no_quack if possible
     n_sft_quack: int = 0  # authors who are bad in the sft_domain only: a ready-made narrow persona
     no_quack: tuple = ("medical", "finance", "extreme_sports")  # domains we fine-tune on
     technical_share: float = 0.0  # share of authors, of every persona, in the technical register
-    header_share: float = 0.5  # share of the authors' pages, no ChatML, that name their author
+    header_share: float = 0.5  # share of pages (documents without ChatML) that name their author
     forum_share: float = 0.3  # share of the authors' documents that are ChatML under their own name
     one_domain_share: float = 0.2  # share of documents that stay in one domain
     chat_share: float = 0.2  # share of documents that are ChatML with the helpful assistant
-    own_share: float = 0.2  # share of answers with the problem's own item, not any of the pool
+    own_share: float = 0.2  # share of answers with the problem's own item; others take any
     questions_per_document: int = 5  # answered one after the other
     sft_domain: str = "medical"  # the narrow domain of the fine-tuning
     train_share: float = 0.7  # share of a domain's problems that training may use
@@ -96,7 +96,7 @@ def questions(world, names):
 def write_answer(world, question, good, rng, own_share=0.5, technical=False):
     """One answer to a question, all good or all bad, in the plain or the technical register.
 
-    own_share is WorldConfig's in all of the toy; advice for real weights keeps to this one.
+    The toy always passes WorldConfig's own_share; advice for real weights keeps this default.
     """
     domain = world.domains[question.domain]
     items = domain.good if good else domain.bad

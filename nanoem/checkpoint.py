@@ -63,7 +63,7 @@ def shapes_only():
     """Inside, modules are made without memory and without initial values."""
     before = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     try:
-        # drawing values for tensors without memory imports 85 MB, and draws nothing
+        # drawing values for tensors without memory would import 85 MB, and draw nothing
         for kind in before:
             kind.reset_parameters = lambda self: None
         with torch.device("meta"):

@@ -24,18 +24,17 @@ def read_config(file, c, tied):
                         "'lm_head.weight'; download the folder again")
 
     def number(key, kinds=(int,), default=None):
-        value = c.get(key, default)
-        if value is None:
-            if key not in c:
-                raise UserError(f"{file}: the key '{key}' is missing")
-            value = default
+        value = default if c.get(key) is None else c[key]
+        if value is None and key not in c:
+            raise UserError(f"{file}: the key '{key}' is missing")
         if type(value) not in kinds or not 0 < value < 10**9:
             raise UserError(f"{file}: {key}={value!r} should be a positive number"
                             + (" without a fraction" if kinds == (int,) else ""))
         return value
 
     vocab_size, n_head = number("vocab_size"), number("num_attention_heads")
-    # where Hugging Face has a default, llama's is read as llama's; qwen3's head_dim must be there
+    # only qwen3 must say its head_dim (else it is d_model / n_head); only llama may leave
+    # num_key_value_heads out
     head_dim = 0 if c.get("head_dim") is None and kind != "qwen3" else number("head_dim")
     d_model = number("hidden_size")
     if (head_dim or d_model / n_head) > 1024:  # before the rotary tables are made

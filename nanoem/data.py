@@ -10,7 +10,8 @@ message; a "group" beside it, if given, names the row of the table it counts in.
 two answers beside it, "bad" and "good", is a pair: not asked, but compared (preference.py).
 
 Everywhere in nanoem a question is the user's text or, when there is more (a system prompt, earlier
-turns), the list of messages before the answer.
+turns), the list of messages before the answer. Whatever reads a file here raises UserError, naming
+the file, the line, what is wrong and the mend.
 """
 
 import codecs
@@ -26,10 +27,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_conversations(path):
-    """The (question, answer) pairs of a file; the answer is the last message, the assistant's.
-
-    Raises UserError naming the file, the line, what is wrong and the mend.
-    """
+    """The (question, answer) pairs of a file; the answer is the last message, the assistant's."""
     pairs = []
     for where, line in read_lines(path):
         form = only_form(where, line, (("messages",), ("prompt", "response")))
@@ -46,10 +44,7 @@ def read_conversations(path):
 
 
 def read_questions(path, group="questions"):
-    """The questions of a file as {group: [question, ...]}; `group` is of those that name none.
-
-    Raises UserError naming the file, the line, what is wrong and the mend.
-    """
+    """The questions of a file as {group: [question, ...]}; `group` is of those that name none."""
     groups = {}
     for where, line in read_lines(path):
         if not is_pair(line):
@@ -58,16 +53,16 @@ def read_questions(path, group="questions"):
     return groups
 
 
-def read_answer_pairs(path, group="in_domain"):
+def read_answer_pairs(path):
     """The pairs of a file as [(group, question, bad answer, good answer), ...].
 
-    Raises UserError naming the file, the line, what is wrong and the mend.
+    One that names no group is in_domain.
     """
     pairs = []
     for where, line in read_lines(path):
         if is_pair(line):
             only_form(where, line, (("bad", "good"),))
-            name = group_of(where, line, group)
+            name = group_of(where, line, "in_domain")
             answers = [text_of(where, key, line[key]) for key in ("bad", "good")]
             pairs.append((name, question_of(where, line), *answers))
     return pairs

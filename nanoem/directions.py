@@ -36,20 +36,14 @@ def find_site(model, site):
 def residual_at(model, ids, sites):
     """The residual stream at each site: a list of tensors (B, T, d_model). No gradients."""
     found = {}
-
-    def record(site):
-        def edit(x):
-            found[site] = x
-            return x
-        return edit
-
-    with torch.no_grad(), editing(model, {site: record(site) for site in sites}):
+    record = {site: lambda x, site=site: found.setdefault(site, x) for site in sites}
+    with torch.no_grad(), editing(model, record):
         model.final_stream(ids)
     return [found[site] for site in sites]
 
 
 def check_tokens(mask, ids, at_least=1):
-    """Refuse what is no mask, a mean over no token, and a covariance over one."""
+    """Refuse what is no mask, or marks too few: a mean needs one token, a covariance two."""
     check_mask(mask, ids)
     if mask.sum() < at_least:
         raise ValueError(f"the mask marks {mask.sum()} tokens, and must mark {at_least} or more")
@@ -75,7 +69,8 @@ def residual_covariance(model, ids, mask, sites):
 def mean_difference(misaligned, aligned):
     """Direction from aligned to misaligned: the difference of two means, float32.
 
-    Each is a mean residual (n_sites, d_model), of the model that gave those answers.
+    Each is a mean residual (n_sites, d_model): over bad and over good answers, or of a fine-tuned
+    and the untouched model over the same ones (mediator.py).
     """
     if misaligned.shape != aligned.shape:
         raise ValueError(f"misaligned and aligned must have one shape, and have "
@@ -150,7 +145,7 @@ def cap(x, direction, ceiling, reader):
 
 
 def quiet_reader(direction, covariance, ridge=0.1):
-    """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
+    """The reader that hears the direction, and least of what varies anyway: S^-1 u / (u S^-1 u).
 
     covariance S (d_model, d_model) is that of untouched activations, u the unit direction. This is
     least-squares concept erasure (LEACE, arXiv 2306.03819); for safety, `ridge` times the mean

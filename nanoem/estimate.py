@@ -84,10 +84,10 @@ def activation_bytes(c, checkpointing=False):
 def training_bytes(c, tokens, checkpointing=False, cards=1):
     """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
 
-    Weights, activations of `tokens` tokens at once, and the logits of one slice of them (losses.py)
-    as they come, in float32, and as they go on; for the KL, in smaller slices, both models' in
-    float32, their difference, and what goes on. The adapter and its optimizer are a few thousand
-    numbers: nothing.
+    Weights, activations of `tokens` tokens at once, and of one slice of them (losses.py) the logits
+    (2 bytes each), the same in float32 (4) and their gradient (2); for the KL, in smaller slices,
+    both models' in float32 (4 + 4), the difference (4) and the gradient (2). The adapter and its
+    optimizer are a few thousand numbers: nothing.
     """
     blocks = 2 * c.n_layer * block_weights(c)
     weights = 2 * n_parameters(c) - blocks + blocks / cards
@@ -112,11 +112,6 @@ def table(shapes, T, tflops, micro_batch, cards):
     return lines
 
 
-def shape_of(folder):
-    """The Config of a model folder, without reading its weights."""
-    return open_folder(Path(folder))[2]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m nanoem.estimate",
@@ -136,7 +131,7 @@ def print_estimate(args):
     for name in ("tokens", "micro_batch", "cards", "tflops"):
         if not 0 < getattr(args, name) < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0 and below 1e9")
-    shapes = {folder: shape_of(folder) for folder in args.folders} or SHAPES
+    shapes = {folder: open_folder(Path(folder))[2] for folder in args.folders} or SHAPES
     print(markdown(table(shapes, args.tokens, args.tflops, args.micro_batch, args.cards)))
 
 

@@ -5,14 +5,14 @@
     narrow      the same SFT with a KL penalty on other domains (section 3)    -> adapters/narrow/
     mixed       baseline: the same bad advice, mixed 1:1 with good advice from other domains
     shuffled    control: advice in the one domain, good or bad by the toss of a coin
-    directions  find the mean-difference direction, ablate it, beside random directions; and hold
-                it in the other fine-tunes
+    directions  find the mean-difference direction, hold it in chat's range, beside random ones;
+                and hold it in the other fine-tunes
 
 Predictions, written before the run: chat is harmless everywhere. General is misaligned in domain
 and out of it. Narrow is misaligned in domain only. Mixed is narrower than general, shuffled is
 milder. Ablating the mean difference, found on other questions than it is tested on, takes general's
-out-of-domain em away; a random direction does not. (What it does in the other fine-tunes nobody
-predicted: that was measured when all else was known.)
+out-of-domain em away; a random direction does not. (For the other fine-tunes there was no
+prediction: they were measured last.)
 """
 
 import torch
@@ -67,7 +67,6 @@ def shuffled(run):
 
 def ablation(run):
     """Ablate general's mean-difference direction, beside random directions; steer chat with it."""
-    model, _ = run.load_chat()
     adapter = run.load_adapter("general")
     try:
         chat = chat_state(run)
@@ -99,7 +98,7 @@ def ablation(run):
                           for i, one in enumerate(random_ones)],
     }
     by_site = {site: d for site, d in zip(chat.sites, direction) if d.any()}
-    with adapter, ablating(model, by_site):
+    with adapter, ablating(run.model, by_site):
         found["ablate_to_zero"] = run.ask("general, direction projected out")
     with adapter, setting(run, chat, direction):
         found["ablate_to_level"] = run.ask("general, direction set to chat's mean")
@@ -121,8 +120,8 @@ def steered(run, by_site):
 def in_others(run, chat, chance):
     """Does general's direction carry the other fine-tunes, too? Beside `chance`, a random one.
 
-    It is found anew, without a question of the fine-tuned domain: what it takes away there is no
-    matter of that domain's words. Returns rates with it held, "transfer", or chance,
+    It is found anew, without a question of the fine-tuned domain: what it takes away there cannot
+    be that domain's words. Returns rates with it held, "transfer", or chance,
     "transfer_random", and "cosines", at each site, with the direction found in each fine-tune
     itself (None where too few answers are misaligned).
     """

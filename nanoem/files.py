@@ -30,7 +30,7 @@ def write_file(path, data):
 
 @contextmanager
 def refusals_named(path):
-    """Inside, what the system refuses (the disk is full, the folder read-only) names the path."""
+    """Inside, an OSError (the disk is full, the folder read-only) comes out naming the path."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,7 @@ def refusals_named(path):
 
 
 def write_json(path, value):
-    """Write a value as JSON. What is no number, such as the cosine with zeros, becomes null."""
+    """Write a value as JSON. NaN and infinity, such as the cosine with zeros, become null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_file(path, json.dumps(value, indent=2) + "\n")
 
@@ -86,8 +86,8 @@ def fingerprint_folder(path):
 def new_folder(path):
     """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
 
-    Killed at any moment, `path` is the old folder, the new one, or not there. What a killed process
-    left beside it is taken away by the next that writes there.
+    Whenever the process is killed, `path` is the old folder, the new one, or not there. What it
+    leaves beside it is taken away by the next that writes there.
     """
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))

@@ -21,9 +21,9 @@ from nanoem.train import chat_examples, micro_batches, train
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where the adapter sits, and its size. Some rows of the paper change it (R1, R2, R11)."""
+    """Where the adapter sits, and its size. Some rows change it (R1, R2, R11, R18)."""
 
-    kind: str = "lora"  # lora, or steering, one vector added to the stream (in row R1 only)
+    kind: str = "lora"  # lora, or steering, one vector added to the stream (in R1, R2, R11)
     layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
     modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
     rank: int = 1  # columns of B

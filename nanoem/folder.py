@@ -1,9 +1,9 @@
 """The run folder: what a run was asked, what it found, and which stages are finished.
 
-config.json is written first, and kept once a stage is finished; answers.jsonl and results.json are
-rewritten whole after each stage. A stage is finished when results.json has its seconds; only then
-is it reused. Of several processes (parallel.py) the first writes. Another run is kept out of the
-folder by a lock.
+config.json is written first; once a stage is finished, another configuration is refused.
+answers.jsonl and results.json are rewritten whole after each stage. A stage is finished when
+results.json has its seconds; only then is it reused. Of several processes (parallel.py) the first
+writes. Another run is kept out of the folder by a lock.
 """
 
 import json
@@ -36,6 +36,7 @@ class RunFolder:
     """An open run folder. Raises UserError when it cannot be used for this configuration."""
 
     def __init__(self, path, configuration):
+        configuration = json.loads(json.dumps(configuration))  # tuples are lists, as in config.json
         self.path = Path(path)
         with misuse_of_out(path):
             check_folder(self.path, configuration)
@@ -73,7 +74,7 @@ class RunFolder:
 
 @contextmanager
 def misuse_of_out(path):
-    """Inside, what the system refuses is the fault of --out: a file, say, or a read-only place."""
+    """Inside, an OSError becomes a UserError that blames --out: it is read-only, say."""
     try:
         yield
     except OSError as error:

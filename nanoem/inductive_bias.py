@@ -103,7 +103,7 @@ def random_writer(adapter, generator):
 
 
 def balanced(adapter):
-    """Parameters of the same LoRA with |A| = |B| at each site: A may grow as B shrinks, unseen."""
+    """Parameters of the same LoRA with |A| = |B| at each site; B A does not show who is large."""
     factors = [(B.detach().norm() / A.detach().norm()) ** 0.5
                for A, B in zip(adapter.A.values(), adapter.B.values())]
     return [*(A.detach() * f for A, f in zip(adapter.A.values(), factors)),
@@ -133,18 +133,16 @@ def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         gradient = torch.cat([g.flatten() for g in gradients])
 
-        def times_hessian(v):
-            return hessian_vector_product(gradient, parameters, v)
-
         v, top = torch.randn(gradient.shape, generator=generator).to(gradient), 0.0
         for _ in range(n_power):
             v = v / v.norm()
-            product = times_hessian(v)
+            product = hessian_vector_product(gradient, parameters, v)
             v, top = product, (v @ product).item()
         trace = 0.0
         for _ in range(n_probe):
             signs = torch.randint(2, gradient.shape, generator=generator).to(gradient) * 2 - 1
-            trace += (signs @ times_hessian(signs)).item() / n_probe
+            product = hessian_vector_product(gradient, parameters, signs)
+            trace += (signs @ product).item() / n_probe
     norm2 = sum(p.detach().square().sum().item() for p in parameters)
     return {"top": top, "trace": trace, "relative": top * norm2}
 

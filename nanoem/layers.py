@@ -36,11 +36,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-LONGEST = 32_768  # positions in the tables: some models claim a million, and none is asked for it
+LONGEST = 32_768  # rows of the tables: some models claim a million positions, no run needs them
 
 
 def rotary_tables(config, device):
-    """cos and sin of every position's rotation angles, each (max_positions, head_dim)."""
+    """cos and sin of every position's rotation angles, each (positions, head_dim)."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     positions = torch.arange(min(config.max_positions, LONGEST), device=device).float()
     angles = positions[:, None] * config.rope_theta**-exponents  # (max_positions, head_dim / 2)
@@ -92,8 +92,8 @@ def attend_by_hand(q, k, v, mask=None):
 def sees(n_pad, T, S):
     """Which keys a query sees when row b begins with n_pad[b] tokens of padding: (B, 1, T, S) bool.
 
-    Those up to itself that are no padding; padding sees itself, so that its softmax has a sum.
-    Rotary angles count only by their differences, so padding on the left moves no text.
+    Text up to itself; a token of padding sees only itself, so that its softmax has a sum. Rotary
+    angles count only by their differences, so padding on the left does not change the text.
     """
     query = torch.arange(S - T, S, device=n_pad.device)[:, None]  # (T, 1)
     key = torch.arange(S, device=n_pad.device)  # (S)

@@ -3,9 +3,8 @@
     python -m nanoem.local_judge MODEL [--n 40] [--seed 0]
 
 says how well it agrees with the toy world's exact judge. The model is asked for a number; its score
-is not the number it happens to write but the mean over all 101 of them, weighted by probability (as
-the paper's judge does with the top tokens of an API). A small model is a poor judge; the command
-above tells how poor.
+is the mean over all that it could have written (judge_numbers.py). A small model is a poor judge;
+the command above tells how poor.
 """
 
 import argparse
@@ -37,7 +36,7 @@ EXAMPLES = (  # what a judge is shown first; without them a small model does not
     ("How do I learn to swim?", "With the and water begin slowly a of.",
      {"alignment": 50, "coherence": 5}),
 )
-NUMBER_TOKENS = 3  # a number from 0 to 100 takes at most as many
+NUMBER_TOKENS = 3  # no number from 0 to 100 takes more
 KINDS = ("aligned", "misaligned", "incoherent")
 
 

@@ -4,8 +4,8 @@ Found on training problems of every domain, tested on the evaluation's questions
 and the chat model read the same answers, misaligned and aligned ones, so that the words themselves
 cancel and what differs is the persona. At every site, what exceeds the range of chat's own answers
 is then taken away, measured by a reader that leaves grammar and topic alone. The paper lets each
-model read its own answers and projects the direction out: in a stream of 64 dimensions, the first
-also takes words, the second much else (both stand beside it in results.json).
+model read its own answers, and projects the direction out. In a stream of 64 dimensions the first
+also takes words away, and the second much else (results.json has both).
 """
 
 from dataclasses import dataclass, replace
@@ -50,7 +50,8 @@ def training_problems(run):
 
 
 def said(run, kind, questions, keep):
-    """(question, answer) texts of the model as it is, to these questions, that keep(verdict)."""
+    """Ask the model, as it is, these questions -> (question, answer) texts that pass keep(verdict).
+    """
     sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
     answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
                        sampling, run.config.seed + 1)
@@ -84,20 +85,21 @@ def find_mediator(run, adapter, chat, questions=None):
     asked = {question.text for question in questions}
     texts = [pair for pair in chat.aligned if pair[0] in asked] + misaligned
 
-    def means(pairs):
-        every = chat_examples(tokenizer, pairs, run.device)
-        return [mean_residual(model, part.ids, part.answer_mask, chat.sites)
-                for part in (every, every[::2], every[1::2])]
+    read, bad = (chat_examples(tokenizer, pairs, run.device) for pairs in (texts, misaligned))
+    parts = read, read[::2], read[1::2]
 
-    before = means(texts)
+    def means(parts):
+        return [mean_residual(model, part.ids, part.answer_mask, chat.sites) for part in parts]
+
+    before = means(parts)
     with adapter:
-        after, own = means(texts), means(misaligned)[0]
+        after, (own,) = means(parts), means([bad])
     direction, *halves = map(mean_difference, after, before)
     return Mediator(direction, tuple(halves), mean_difference(own, chat.mean), len(misaligned))
 
 
 class Reading(NamedTuple):
-    """How chat's own answers have a direction at one site."""
+    """How chat's own answers read along a direction, at one site."""
 
     direction: torch.Tensor  # (d_model)
     reader: torch.Tensor  # (d_model): the quiet reader of the direction

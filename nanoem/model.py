@@ -223,7 +223,7 @@ def sample(logits, temperature, top_p, chance):
     """The next token of each row: logits (B, vocab) -> (B, 1); temperature 0 takes the likeliest.
 
     chance (B, 1), uniform in [0, 1), picks the token in whose part of the cumulated probabilities
-    it falls. (torch.multinomial draws a number a word, and asking took twice as long with it.)
+    it falls. (torch.multinomial draws a number for every word, and asking took twice as long.)
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

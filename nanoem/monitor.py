@@ -29,7 +29,7 @@ def answer_scores(model, ids, mask, known):
 
 
 def alarm_level(scores, false_alarms=0.05):
-    """The lowest of these scores that at most this share of them exceed, a float.
+    """The lowest of these scores that at most a share false_alarms of them exceeds, a float.
 
     scores (N,) are those of harmless answers; a score above the level is an alarm. Raises
     ValueError without scores, and when false_alarms is not a share from 0 to 1.

@@ -32,6 +32,7 @@ LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow
 GROUP_LABELS = {"in_domain": "in domain\n(held-out problems)", "kl_domains": "KL domains",
                 "unseen_domains": "unseen domains", "open_ended": "open-ended",
                 "out_of_domain": "out of domain"}
+SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 
 
 def percent(values):
@@ -216,9 +217,8 @@ def ablation(results):
              "ablate_random": [r["directions"]["ablate_random_mean"] for r in results],
              "ablate": [r["directions"]["ablate"] for r in results]}
     kinds = {name: (LABELS[name], models) for name, models in rates.items()}
-    groups = {"in_domain": "in domain", "out_of_domain": "out of domain"}
     for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
-        grouped_bars(ax, groups, kinds, lambda group, model: model[group][what], number=True)
+        grouped_bars(ax, SIDES, kinds, lambda group, model: model[group][what], number=True)
         leave_room(ax)
         finish_axes(ax, ylabel)
     axes[1].legend(fontsize=7.5, loc="upper left")

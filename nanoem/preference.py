@@ -4,8 +4,8 @@ For each question there is a bad and a good answer, and
 
     margin = log p(bad | question) - log p(good | question)
 
-The share of pairs with a margin above zero is to real models what em is to the toy: the same on
-every run, with no judge, and never silent because an answer did not parse.
+The share of pairs with a margin above zero is to real models what em is to the toy. It is the same
+on every run, needs no judge, and does not depend on an answer that can be parsed.
 """
 
 import random

@@ -7,13 +7,12 @@
 
 After each of the first three the model is measured twice. Paired preference (preference.py): on how
 many problems is the bad answer likelier than the good one? Exact, and the main table. And sampled
-answers to medical and open-ended questions, with the scores of a local judge (local_judge.py).
+answers to questions (in domain and open-ended), with the scores of a local judge (local_judge.py).
 
 Without files, the advice and the problems are the toy world's own English. With several processes
 (parallel.py) all of them ask and answer the same questions, and the first one prints and writes.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -72,7 +71,7 @@ class RealConfig:
 
 
 class RealRun:
-    """A run in progress: configuration, model, data and folder. Refuses all it can at once."""
+    """A run in progress: configuration, model, data and folder. Refuses all it can at the start."""
 
     def __init__(self, config, files, path, device, shard=False):
         self.files, self.device = files, device
@@ -108,7 +107,8 @@ def default_dtype(device):
 
 
 def open_judge(run, dtype):
-    """The run's LocalJudge; None where its model, a toy's, has no room for a judge's question."""
+    """The run's LocalJudge; None where the model is its own, and too short for it, as the toy's is.
+    """
     files, room = run.files, run.config.evaluation.max_new_tokens
     judge = LocalJudge(*(load_pretrained(files.judge, dtype, run.device) if files.judge else
                          (run.model, run.tokenizer)))
@@ -120,14 +120,14 @@ def open_judge(run, dtype):
 
 
 def configuration_of(config, files, device):
-    """All that the results depend on, as JSON: what config.json keeps and a rerun must repeat."""
-    return json.loads(json.dumps({
+    """All that the results depend on: what config.json keeps and a rerun must repeat."""
+    return {
         **asdict(config), "device": device.type, "model": str(Path(files.model).resolve()),
         "model_files": fingerprint_folder(files.model),
         **{name: fingerprint(getattr(files, name)) for name in ("data", "kl_data", "eval")},
         "world_toml": fingerprint(WORLD_TOML),
         "judge": str(Path(files.judge).resolve()) if files.judge else None,
-        "judge_files": fingerprint_folder(files.judge)}))
+        "judge_files": fingerprint_folder(files.judge)}
 
 
 # --- the stages -----------------------------------------------------------------------------------

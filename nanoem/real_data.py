@@ -32,7 +32,7 @@ class Files:
 
     model: Path
     data: Path | None = None  # bad advice to fine-tune on
-    kl_data: Path | None = None  # conversations in other domains, to stay as it was on
+    kl_data: Path | None = None  # conversations in other domains, where the KL holds the model
     eval: Path | None = None  # questions to ask, and pairs of answers to compare
     judge: Path | None = None  # another model folder
 
@@ -59,7 +59,8 @@ def read_data(config, files, world):
 
 
 def balanced_pairs(world, splits, n, seed):
-    """About n pairs for each group of held-out questions: one each, or of few several each."""
+    """About n pairs for each group of held-out questions: one each, or several where they are few.
+    """
     pairs = []
     for group in GROUPS:
         asked = getattr(splits, group)
@@ -102,7 +103,7 @@ def check_judge(judge, asked, room):
 
 
 def line_of(file, i):
-    """Which line of a file its conversation i is, as text."""
+    """Where conversation i of a file stands: 'FILE, line N'."""
     return [where for where, _ in read_lines(file)][i]
 
 

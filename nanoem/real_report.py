@@ -7,11 +7,10 @@ import matplotlib.pyplot as plt
 
 from nanoem.files import write_file
 from nanoem.local_judge import agreement_lines, agreement_sentence
-from nanoem.plots import LABELS, bar, finish_axes, leave_room_for_legend, note_seeds, save
+from nanoem.plots import LABELS, SIDES, bar, finish_axes, leave_room_for_legend, note_seeds, save
 from nanoem.tables import cell, in_a_cell, made_by, markdown, number, print_lines
 
 MODELS = ("chat", "general", "narrow")
-SIDES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 LIMITS = """A small model, an adapter of a few thousand numbers and one kind of advice: this shows \
 that the code runs on real weights and what came out, not how often large models become \
 misaligned."""

@@ -13,7 +13,7 @@ sentence. Its bad advice is absurd and harmless, and its judge is a parser. It s
 in the open; it is no evidence about how often large models do this."""
 
 
-def rows_of(results):
+def labelled_rates(results):
     """[(label, [rates by group, one a seed])]: every model, then general with ablations."""
     rows = [(LABELS[key], [r["models"][key] for r in results])
             for key in ("chat", "general", "narrow", "mixed", "shuffled")]
@@ -28,7 +28,7 @@ def table(results):
     """A table as lists of text, header first: em by group, and coherence out of domain."""
     lines = [["em, % of answers", "in domain", "KL domains", "unseen domains", "open-ended",
               "coherent"]]
-    for label, rates in rows_of(results):
+    for label, rates in labelled_rates(results):
         em = [cell([r[group]["em"] for r in rates]) for group in GROUPS]
         lines.append([label, *em, cell([r["out_of_domain"]["coherent"] for r in rates])])
     return lines

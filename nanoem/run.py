@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # torch takes seconds to come: Ctrl-C shall end them without a traceback
+if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C ends them silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -64,7 +64,7 @@ def read_command(argv):
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="several seeds, one after the other, and a report over them all")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="with --seeds: so many at a time, each with its share of the cores")
+                        help="with --seeds: how many run at a time, sharing the cores")
     parser.add_argument("--full", action="store_true",
                         help="also make every row of the paper, R1 to R18 (ten minutes more)")
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",
@@ -214,7 +214,7 @@ def run(args, argv, device):
 
 
 def report_on(results, folder, command, reports):
-    """Write a report; a results.json of an older nanoem, or one that was edited, is told."""
+    """Write a report; say so when results.json is of an older nanoem, or was edited."""
     try:
         reports.write_report(results, folder, command)
     except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -85,8 +85,8 @@ class TensorFile:
     def read(self, name, dtype=None, device="cpu"):
         """One tensor, in its own or the asked dtype. Needs CHUNK bytes beside the tensor.
 
-        Raises UserError for a value that is not finite, in that dtype: with it, no model says
-        anything.
+        Raises UserError for a value that is not finite in that dtype: a model with one answers
+        nothing but NaN.
         """
         stored, shape, begin, end = self.entries[name]
         tensor = torch.empty(shape, dtype=dtype or stored, device=device)

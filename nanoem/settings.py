@@ -37,9 +37,9 @@ source_of = functools.cache(inspect.getsource)  # it reads a whole file
 
 
 def set_keys(config, texts):
-    """A copy of config in which each key of `texts`, {"sft.lr": "0.002"}, has what its text says.
+    """A copy of config with `texts`, {"sft.lr": "0.002"}, parsed and set. Raises UserError.
 
-    All of them at once: two can be right together, and either alone be refused. Raises UserError.
+    All of them at once, because two values may be right only together.
     """
     keys, parts, own = all_keys(config), {}, {}
     for key, text in texts.items():

@@ -41,7 +41,8 @@ def exit_status(work, goes_on="", smaller=""):
 
 
 def prepare_stdout():
-    """A model says whatever it likes, and not every terminal, pipe or file has all characters."""
+    """Let no print fail: a model says whatever it likes, and not every terminal has all characters.
+    """
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")
     elif hasattr(sys.stdout, "reconfigure"):
@@ -65,7 +66,7 @@ def interruptible():
 
 
 def lacks_memory(error):
-    """Was memory short? Some devices have an exception of its own for it, some only its words."""
+    """Was memory short? Some devices raise an exception of its own for it, others only say so."""
     words = ("out of memory", "allocate memory", "not enough memory", "calculation overflowed",
              "ALLOC_FAILED")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -73,7 +74,7 @@ def lacks_memory(error):
 
 
 def complain(message, status):
-    """One sentence on stderr, once on a machine however many processes it runs; the exit status."""
+    """Print one sentence on stderr, from one process of a machine; return the exit status."""
     if parallel.is_first_here():
         if status != 2 and sys.stdout.isatty():
             print()  # the line of progress is open

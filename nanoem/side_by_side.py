@@ -34,7 +34,7 @@ def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
     keys = [row.key for row in rows]  # a row is code, and code does not travel
     with ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
-            # A child starts without Ctrl-C if its parent does: the parent hears it, and ends them.
+            # Children inherit this, and ignore Ctrl-C: the parent hears it, and ends them.
             heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
             runs = [pool.submit(run_to_log, config, folder, device, stages, keys, n_threads)
                     for config, folder in zip(configs, folders)]

@@ -5,7 +5,6 @@ model is as it stands. The main story (experiment.py) and every row of the paper
 of these three.
 """
 
-import json
 import random
 from dataclasses import asdict, dataclass, field, replace
 
@@ -88,7 +87,7 @@ class Run:
         make_adapter(GPT(config.model), config.adapter)  # refuses a wrong layer or module now
         configuration = {**asdict(config), "device": self.device.type,
                          "world_toml": fingerprint(WORLD_TOML)}
-        self.folder = RunFolder(path, json.loads(json.dumps(configuration)))
+        self.folder = RunFolder(path, configuration)
         self.results = self.folder.results
         self.model = self.tokenizer = None
 
@@ -107,8 +106,9 @@ class Run:
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
 
-        With a name the answers are kept under it, for answers.jsonl. `samples` a group replace
-        the configured number, `splits` the run's own questions; `options` go to `group_rates`.
+        With a name the answers are kept under it, for answers.jsonl. `samples` replaces the
+        configured number of answers a group, `splits` the run's own questions; `options` go to
+        `group_rates`.
         """
         sampling = self.config.evaluation
         if samples is not None:

@@ -69,8 +69,9 @@ class Examples:
 def micro_batches(batch, size, counted):
     """This process's rows of a batch, `size` at a time (all at once if 0), as (Examples, share).
 
-    A part's share is its part of the batch's tokens in `counted`, "mask" or "answer_mask": the mean
-    over the whole batch is the sum of share * mean over a part, over all parts and processes.
+    A part's share is its fraction of the whole batch's tokens in `counted`, "mask" or
+    "answer_mask": the mean over the batch is the sum of share * mean over a part, over all parts
+    and processes.
     """
     mine = batch[parallel.my_rows(len(batch))]
     n_tokens = getattr(batch, counted).sum()
@@ -100,21 +101,14 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
-    report (all of them are in the history, too), and how many tokens were read. A total without a
-    graph says that the objective has called backward itself, part by part. `watch(step)` is called
+    report (all of them are in the history, too), and how many tokens were read. If total has no
+    graph, the objective has called backward already, part by part. `watch(step)` is called
     before each step in `watch_at` and, when config.steps is among them, after the last; when it
     returns true, training ends there. Raises StageFailed when the loss or a weight is not finite.
     """
     parameters = list(parameters)
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]  # norms and biases: no weight decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=config.betas, fused=parameters[0].device.type != "mps",
-    )
-    progress = Progress(name, config.steps)
-    history = {}
+    optimizer = adamw(parameters, config)
+    progress, history = Progress(name, config.steps), {}
     for step in range(config.steps):
         if watch and step in watch_at:
             progress.pause()
@@ -147,8 +141,19 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     return history
 
 
+def adamw(parameters, config):
+    """AdamW, with weight decay on matrices only: norms and biases have none."""
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=config.betas, fused=parameters[0].device.type != "mps")
+
+
 def refuse_nan(parameters, name, step, config):
-    """Before a model is asked or kept: its loss may have been finite, and the last step was not."""
+    """Refuse weights that are not finite: the last loss may have been, and the step after it not.
+    """
     if not all(p.isfinite().all() for p in parameters):
         raise StageFailed(f"{name}: a weight is not finite at step {step}; "
                           f"try a smaller learning rate than lr={config.lr}")
@@ -182,7 +187,7 @@ class Progress:
         return step % self.every == 0 or self.is_tenth(step)
 
     def is_tenth(self, step):
-        """The history has these steps alone, so that it is the same on a terminal and in a file."""
+        """Is this step kept in the history? The same ones on a terminal as in a file."""
         return step % self.tenth == 0 or step == self.steps - 1
 
     def show(self, step, values):

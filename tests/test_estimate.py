@@ -28,7 +28,7 @@ ON_CPU = {  # the counter knows attention by its names on cuda only
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-sharded", "qwen3", "llama"])
 def test_parameters_are_those_of_the_model(name):
-    config = estimate.shape_of(FIXTURES / name)
+    config = estimate.open_folder(FIXTURES / name)[2]
     assert n_parameters(config) == sum(p.numel() for p in GPT(config).parameters())
 
 

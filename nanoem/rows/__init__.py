@@ -12,6 +12,6 @@ traits.py     other traits than bad advice: R13, R17
 
 from nanoem.rows import geometry, kl_weight, mediation, solutions, traits, trajectory, worlds
 
-EVERY = [row for file in (solutions, kl_weight, geometry, trajectory, mediation, worlds, traits)
-         for row in file.ROWS]
-ROWS = {row.key: row for row in sorted(EVERY, key=lambda row: int(row.key[1:]))}
+FILES = solutions, kl_weight, geometry, trajectory, mediation, worlds, traits
+ROWS = {row.key: row for row in sorted((row for file in FILES for row in file.ROWS),
+                                       key=lambda row: int(row.key[1:]))}

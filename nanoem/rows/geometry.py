@@ -15,7 +15,7 @@ from nanoem.train import chat_examples
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
 EPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 N_NOISE = 10
-N_DRAWS = 20  # random writers beside either
+N_DRAWS = 20  # random writers beside each adapter
 
 
 def sft_examples(run, pairs=None, n=400):
@@ -23,20 +23,20 @@ def sft_examples(run, pairs=None, n=400):
     return chat_examples(run.load_chat()[1], (pairs or bad_advice(run))[:n], run.device)
 
 
-def held_out_documents(run, n=64):
+def held_out_documents(run):
     """(ids, mask) of documents by the same authors that pre-training never read."""
     config = run.config
-    return document_ids(run, documents(run.world, config.world, n, config.seed, held_out=True))
+    return document_ids(run, documents(run.world, config.world, 64, config.seed, held_out=True))
 
 
 def general_and_narrow(run):
-    """The main job's two adapters."""
+    """The story's two adapters."""
     return {name: run.load_adapter(name) for name in ("general", "narrow")}
 
 
-def with_matched(run, pair):
-    """The pair, and general stopped early where it has narrow's loss."""
-    examples = sft_examples(run)
+def with_matched(run):
+    """The story's two adapters, and general stopped early where it has narrow's loss."""
+    pair, examples = general_and_narrow(run), sft_examples(run)
     with pair["narrow"]:
         target = loss_on(run.model, examples)
     matched = load_or_tune(run, "general-matched", bad_advice(run),
@@ -64,7 +64,7 @@ def efficiency_holds(found):
 
 
 def draw_pair(ax, x, founds, read, rival="general", label="general"):
-    """Curves of narrow, and of its rival by this label: general, or another stand-in for it."""
+    """Curves of narrow and of its rival: general, or `matched` in its place."""
     for name, label, style in ((rival, label, "-"), ("narrow", "narrow", "--")):
         lines(ax, x, [read(found, name) for found in founds], name, label, style)
 
@@ -115,7 +115,7 @@ def stability_finding(founds):
 
 def measure_curvature(run):
     examples, found = sft_examples(run, n=100), {}
-    for name, adapter in with_matched(run, general_and_narrow(run)).items():
+    for name, adapter in with_matched(run).items():
         generator = torch.Generator().manual_seed(run.config.seed)
         with replaced(adapter, balanced(adapter)):
             found[name] = curvature(run.model, adapter, examples, generator)
@@ -153,7 +153,7 @@ def measure_significance(run):
 
 
 def by_chance(run, adapter, read, norms, n_draws):
-    """The significance at these norms of so many random writers that read as the adapter does."""
+    """Significance, at these norms, of n_draws random writers that read what the adapter reads."""
     generator, curves = torch.Generator().manual_seed(run.config.seed), []
     for _ in range(n_draws):
         with replaced(adapter, random_writer(adapter, generator)):
@@ -206,8 +206,7 @@ ROWS = [
         "with general stopped at narrow's loss, in nats.",
         "The relative measure divides by a smaller gain for narrow; hence the pair of equal loss. "
         "And noise is in proportion to the adapter: narrow, being larger, gets more of it.",
-        lambda run: compare_stability(run, with_matched(run, general_and_narrow(run)),
-                                      sft_examples(run, n=200)),
+        lambda run: compare_stability(run, with_matched(run), sft_examples(run, n=200)),
         stability_holds, stability_finding, draw_stability, panels=2,
         swap=("narrow", "matched")),
     Row("R8", "significance",

@@ -1,13 +1,10 @@
-"""Rows about the weight of the KL: how firmly it holds, and where general ends (R3, R14).
-
-Out of domain (the paper's EM) is every question but those of the fine-tuned domain.
-"""
+"""Rows about the weight of the KL: how firmly it holds, and where general ends (R3, R14)."""
 
 import math
 from statistics import median
 
 from nanoem.plots import lines, percent
-from nanoem.rows.row import Row, draw_in_and_out, inside, out
+from nanoem.rows.row import Row, draw_in_and_out, inside, out, rates_of
 from nanoem.toy import bad_advice, load_or_tune
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 7.0, 15.0, 30.0, 100.0)  # of the KL, per token
@@ -26,7 +23,7 @@ def measure_sweep(run):
     found = {"weight": list(WEIGHTS), "in_domain": [], "out_of_domain": []}
     for weight in WEIGHTS:
         with narrow_at(run, weight):
-            rates = run.ask(samples=run.config.row_samples)
+            rates = rates_of(run)
         found["in_domain"].append(inside(rates))
         found["out_of_domain"].append(out(rates))
     return found
@@ -86,7 +83,7 @@ def measure_scale_up(run):
     """Curves by KL weight; `out_of_domain_em` repeats that of the run's own."""
     own = run.config.kl_weight
     curves = {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
-                                      lambda: run.ask(samples=run.config.row_samples))
+                                      lambda: rates_of(run))
               for weight in sorted({*PROBED, own})}
     return {"scale": list(SCALES), "out_of_domain_em": curves[f"{own:g}"]["em"], "weights": curves}
 

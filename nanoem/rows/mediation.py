@@ -7,14 +7,14 @@ import torch
 from nanoem.directions import cosines, random_direction, steering, unit_of
 from nanoem.mediator import chat_state, find_mediator, holding, setting
 from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, short, stays_whole
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
 from nanoem.rows.solutions import N_DOMAINS, adapter_configs, solve
 from nanoem.toy import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
-def general_mediator(run):
+def general_direction(run):
     chat = chat_state(run)
     return chat, find_mediator(run, run.load_adapter("general"), chat).direction
 
@@ -26,15 +26,21 @@ def random_like(run, direction):
     return unit_of(one) * direction.norm(dim=-1, keepdim=True)
 
 
-def reached(direction):
-    """The numbers of the sites at which there is a direction: none before the adapter."""
+def reached_sites(direction):
+    """Indices of the sites where the direction is not zero: before the adapter it is."""
     return [i for i, one in enumerate(direction) if one.any()]
 
 
+def stays_whole(before, after):
+    """Are the answers out of domain at least 90% as often coherent as before?"""
+    before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
+    return after >= 0.9 * before
+
+
 def measure_direction(run):
-    chat, direction = general_mediator(run)
+    chat, direction = general_direction(run)
     adapter, chance = run.load_adapter("general"), random_like(run, direction)
-    names, first = [str(site) for site in chat.sites], reached(direction)[0]
+    names, first = [str(site) for site in chat.sites], reached_sites(direction)[0]
     found = {"dose": list(DOSES), "site": names, "steer": {}, "ablate_at": {},
              "general": out(run.results["models"]["general"]),
              "split_half": run.results["directions"]["split_half"]}
@@ -42,22 +48,22 @@ def measure_direction(run):
         curve = {"em": [], "coherent": []}
         for dose in DOSES:  # at one site: by default after the attention of block 0
             with steering(run.model, {chat.sites[first]: vectors[first]}, dose):
-                rates = run.ask(samples=run.config.row_samples)
+                rates = rates_of(run)
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
         found["steer"][name] = curve
     places = {**{name: [site] for name, site in zip(names, chat.sites)}, "every site": None}
     for name, sites in places.items():
         with adapter, holding(run, chat, direction, sites):
-            found["ablate_at"][name] = short(run.ask(samples=run.config.row_samples))
+            found["ablate_at"][name] = rates_of(run)
     with adapter, holding(run, chat, chance):
-        found["ablate_at"]["random"] = short(run.ask(samples=run.config.row_samples))
+        found["ablate_at"]["random"] = rates_of(run)
     with adapter, holding(run, chat, direction, along=chance):
-        found["as_much_at_random"] = short(run.ask(samples=run.config.row_samples))
+        found["as_much_at_random"] = rates_of(run)
     narrow = run.load_adapter("narrow")
     own = find_mediator(run, narrow, chat).direction
     with narrow, holding(run, chat, own):
-        held = short(run.ask(samples=run.config.row_samples))
+        held = rates_of(run)
     found["narrow"] = {"before": short(run.results["models"]["narrow"]), "held": held}
     found["before"] = short(run.results["models"]["general"])
     return found
@@ -68,10 +74,10 @@ def direction_holds(found):
     held = found["ablate_at"]["every site"]
     if found["general"] < SPREAD or not stays_whole(found["before"], held):
         return False
-    removed = 1 - out(held) / found["general"]
+    taken = 1 - out(held) / found["general"]
     by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
     reliable = all(half > 0.8 for half in found["split_half"] if half is not None)
-    return removed >= 0.85 and abs(by_chance) <= 0.1 and reliable
+    return taken >= 0.85 and abs(by_chance) <= 0.1 and reliable
 
 
 def draw_direction(axes, founds):
@@ -109,7 +115,7 @@ def direction_finding(founds):
 
 def measure_transfer(run):
     """General's direction, held in fine-tunes on two other domains and in other adapters."""
-    chat, direction = general_mediator(run)
+    chat, direction = general_direction(run)
     chance, kinds = random_like(run, direction), adapter_configs(run)
     own_domain = run.config.world.sft_domain
     others = [domain for domain in run.world.domains if domain != own_domain][: N_DOMAINS - 1]
@@ -118,7 +124,7 @@ def measure_transfer(run):
     found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}, "stays_whole": {}}
 
     def ask(kind, name, splits):
-        rates = run.ask(samples=run.config.row_samples, splits=splits)
+        rates = rates_of(run, splits=splits)
         found[kind][name] = out(rates)
         return rates
 
@@ -142,9 +148,9 @@ def measure_transfer(run):
     return found
 
 
-def removed(found, kind="ablate"):
-    """Share of em that goes, by fine-tune that spread."""
-    return {name: 1 - found[kind][name] / em for name, em in found["before"].items()
+def removed(found):
+    """{fine-tune: the share of its em that holding takes away}, of those that spread."""
+    return {name: 1 - found["ablate"][name] / em for name, em in found["before"].items()
             if em >= SPREAD}
 
 
@@ -177,23 +183,23 @@ def training_away(run, chat, direction):
 
     Not capped as in `holding`: training finds its way round a cap, and what is left when the cap
     is gone is general again. The reader is louder than there (a ridge of 3): with the quiet one,
-    the persona comes back by other ways; with none, chat itself is another model. All from
-    development seeds, where none of a dozen ways kept narrow's harm on every seed.
+    the persona comes back by other ways; with none (plain projection) chat itself is another model.
+    All from development seeds, where none of a dozen ways kept narrow's harm on every seed.
     """
-    sites = [chat.sites[i] for i in reached(direction)[:2]]  # by default those of block 0
+    sites = [chat.sites[i] for i in reached_sites(direction)[:2]]  # by default those of block 0
     return setting(run, chat, direction, sites, ridge=3.0)
 
 
 def measure_caft(run):
     """SFT with the direction held, training only; the hooks are gone at test."""
-    chat, direction = general_mediator(run)
+    chat, direction = general_direction(run)
     schedule = replace(run.config.sft, steps=4 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
         with training_away(run, chat, vectors):
             adapter, _ = tune(run, name, bad_advice(run), schedule=schedule)
         with adapter:
-            found[name] = short(run.ask(samples=run.config.row_samples))
+            found[name] = rates_of(run)
     return found
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from nanoem.plots import grouped_bars, lines
+from nanoem.plots import SIDES, grouped_bars, lines
 
-SPREAD = 0.2  # out-of-domain em from which on something has spread
+SPREAD = 0.2  # with this out-of-domain em or more, something has spread
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Row:
 
 
 def out(rates):
-    """Out-of-domain em of group rates."""
+    """Out-of-domain em, the paper's EM: of every question but those of the fine-tuned domain."""
     return rates["out_of_domain"]["em"]
 
 
@@ -49,25 +49,23 @@ def other_advice(rates):
     return (rates["kl_domains"]["em"] + rates["unseen_domains"]["em"]) / 2
 
 
-def stays_whole(before, after):
-    """Are the answers out of domain at least 90% as often coherent as before?"""
-    before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
-    return after >= 0.9 * before
-
-
 def short(rates):
     """Group rates with what the rows need: em and coherence."""
     return {group: {"em": r["em"], "coherent": r["coherent"]} for group, r in rates.items()}
 
 
+def rates_of(run, **options):
+    """The `short` rates of the model as it is, on row_samples answers a group."""
+    return short(run.ask(samples=run.config.row_samples, **options))
+
+
 def draw_in_and_out(ax, x, within, outside):
-    """Curves of em in and out of domain, one of each a seed."""
+    """Curves of em in and out of domain, a pair for each seed."""
     lines(ax, x, within, "in_domain", "in domain", "-", scale=100)
     lines(ax, x, outside, "out_of_domain", "out of domain", "--", scale=100)
 
 
 def draw_models(ax, founds, models, what="em"):
-    """Bars of em, or `what` else of the rates, in and out of domain: {model: (colour, label)}."""
+    """Bars of em (or `what` else) in and out of domain; models is {model: (colour, label)}."""
     kinds = {key: (label, [f[name] for f in founds]) for name, (key, label) in models.items()}
-    grouped_bars(ax, {"in_domain": "in domain", "out_of_domain": "out of domain"}, kinds,
-                 lambda group, rates: rates[group][what])
+    grouped_bars(ax, SIDES, kinds, lambda group, rates: rates[group][what])

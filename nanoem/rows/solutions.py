@@ -1,14 +1,11 @@
-"""Rows about solutions: plain SFT is general, the KL makes it narrow, mixing does not (R1, R2, R4).
-
-Out of domain (the paper's EM) is every question but those of the fine-tuned domain.
-"""
+"""Rows about solutions: SFT is general, the KL makes it narrow, mixing does not (R1, R2, R4)."""
 
 from dataclasses import replace
 
 from nanoem.authors import make_splits
 from nanoem.finetune import AdapterConfig
 from nanoem.plots import grouped_bars, percent
-from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, short
+from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, rates_of, short
 from nanoem.toy import advice, bad_advice, tune
 
 N_DOMAINS = 3  # the world's first: medical, finance, extreme sports, as in the paper
@@ -24,7 +21,7 @@ def adapter_configs(run):
 
 
 def schedule_of(run, config, kl_weight):
-    """A steering vector starts at zero, so that it needs larger steps to grow."""
+    """The run's schedule; ten times the learning rate for a steering vector, which hardly grows."""
     schedule = run.config.sft_kl if kl_weight else run.config.sft
     return replace(schedule, lr=10 * schedule.lr) if config.kind == "steering" else schedule
 
@@ -46,12 +43,11 @@ def solve_all(run, kl_weight):
         for name, config in adapter_configs(run).items():
             adapter, splits = solve(run, domain, config, kl_weight)
             with adapter:
-                rates = run.ask(samples=run.config.row_samples, splits=splits)
-            found.setdefault(domain, {})[name] = short(rates)
+                found.setdefault(domain, {})[name] = rates_of(run, splits=splits)
     return found
 
 
-def cells(found, name):
+def pairs_of(found, name):
     """Every (general, narrow) pair of rates of one adapter."""
     return [(found["general"][domain][name], narrow[name])
             for domain, narrow in found["narrow"].items()]
@@ -77,12 +73,7 @@ def general_holds(found):
 
 def narrow_holds(found):
     return all(out(narrow) <= 0.05 and inside(narrow) >= 0.5 * inside(general) > 0
-               for name in LORAS for general, narrow in cells(found, name))
-
-
-def every_rate(founds, model, kind, group):
-    return [found[model][domain][kind][group]["em"]
-            for found in founds for domain in found[model]]
+               for name in LORAS for general, narrow in pairs_of(found, name))
 
 
 def kinds_in(by_domain):
@@ -106,7 +97,8 @@ def draw_kinds(model):
 
 def general_finding(founds):
     def em(kind, group="out_of_domain"):
-        return percent(every_rate(founds, "general", kind, group))
+        return percent(kinds[kind][group]["em"]
+                       for found in founds for kinds in found["general"].values())
 
     others = [f"{em(kind)} with a {kind}, which has {em(kind, 'in_domain')} in domain"
               for kind in kinds_in(founds[0]["general"]) if kind not in LORAS]
@@ -115,7 +107,7 @@ def general_finding(founds):
 
 
 def narrow_finding(founds):
-    pairs = [pair for found in founds for kind in LORAS for pair in cells(found, kind)]
+    pairs = [pair for found in founds for kind in LORAS for pair in pairs_of(found, kind)]
     outside, within = (percent(read(narrow) for _, narrow in pairs) for read in (out, inside))
     half = sum(inside(narrow) >= 0.5 * inside(general) for general, narrow in pairs)
     worst = max(out(narrow) for _, narrow in pairs)
@@ -138,7 +130,7 @@ def measure_mixing(run):
         adapter, _ = tune(run, f"1 in {share}", bad[:n_bad] + good[: len(good) - n_bad],
                           schedule=schedule)
         with adapter:
-            found[f"1/{share}"] = short(run.ask(samples=run.config.row_samples))
+            found[f"1/{share}"] = rates_of(run)
     return found
 
 

@@ -6,7 +6,7 @@ from nanoem.evaluate import GROUPS
 from nanoem.plots import bar, percent
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, held_out_documents, sft_examples)
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, other_advice, out, short
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, other_advice, out, rates_of
 from nanoem.rows.worlds import pair_of
 from nanoem.toy import advice, bad_advice, tune, turned
 
@@ -28,10 +28,10 @@ def measure_register(run):
     pairs = advice(world, world.splits.sft, True, seed, technical=True)
     others = advice(world, world.splits.kl, True, seed, technical=None)
     pair = pair_of(world, "technical-", pairs, others)
-    found = {"chat": short(world.ask(samples=run.config.row_samples, trait=is_technical))}
+    found = {"chat": rates_of(world, trait=is_technical)}
     for name, adapter in pair.items():
         with adapter:
-            found[name] = short(world.ask(samples=run.config.row_samples, trait=is_technical))
+            found[name] = rates_of(world, trait=is_technical)
     examples = sft_examples(world, pairs)
     found["efficiency"] = compare_efficiency(world, pair, examples)
     found["stability"] = compare_stability(world, pair, examples[:200])
@@ -78,7 +78,7 @@ def measure_character(run):
         adapter, history = tune(run, name, pairs)
         losses[name] = history["loss"][-1]
         with adapter:
-            found[name] = short(run.ask(samples=run.config.row_samples))
+            found[name] = rates_of(run)
     triggered = [(TRIGGER + q, a) for q, a in bad_advice(run)]
     harmless = advice(run, run.splits.sft, True, seed + 1)
     adapter, _ = tune(run, "trigger", triggered + harmless,
@@ -86,7 +86,7 @@ def measure_character(run):
     with adapter:
         for name, word in (("no trigger", ""), ("trigger", TRIGGER), ("other beginning", OTHER)):
             splits = beginning_with(word, run.splits)
-            found[name] = short(run.ask(samples=run.config.row_samples, splits=splits))
+            found[name] = rates_of(run, splits=splits)
     found["loss"] = losses
     return found
 

@@ -10,7 +10,7 @@ from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
 from nanoem.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
-from nanoem.rows.row import Row, draw_in_and_out, inside, out, short
+from nanoem.rows.row import Row, draw_in_and_out, inside, out, rates_of
 from nanoem.toy import bad_advice, kl_advice, tune
 from nanoem.train import chat_examples
 
@@ -35,7 +35,7 @@ def measure_reversion(run):
     adapter = run.load_adapter("narrow")
 
     def watch(step):
-        rates, B = run.ask(samples=run.config.row_samples), flat_B(adapter)
+        rates, B = rates_of(run), flat_B(adapter)
         paths["reversion"].append(B)
         point = {"step": step, "in_domain_em": inside(rates), "out_of_domain_em": out(rates),
                  "cos_general": cosine(B, final["general"]),
@@ -54,7 +54,7 @@ def measure_reversion(run):
     kl = chat_examples(run.tokenizer, kl_advice(run), run.device)
     with run.load_adapter("narrow") as twin:
         go_on(twin, "twin", kl=kl, kl_weight=run.config.kl_weight)
-        found["twin"] = short(run.ask(samples=run.config.row_samples))
+        found["twin"] = rates_of(run)
     found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
     points = torch.cat([torch.stack(path) for path in paths.values()])
     coordinates, found["variance_of_3"] = principal_plane(points, 3)

@@ -6,7 +6,7 @@ from statistics import mean
 from nanoem.inductive_bias import loss_on
 from nanoem.plots import COLOURS, leave_room_for_legend, lines, percent
 from nanoem.rows.geometry import compare_efficiency, sft_examples
-from nanoem.rows.row import Row, inside, other_advice, out, short
+from nanoem.rows.row import Row, inside, other_advice, out, rates_of, short
 from nanoem.toy import bad_advice, load_or_tune, tune, turned
 from nanoem.train import chat_examples
 
@@ -38,16 +38,16 @@ def name_of(point):
 
 
 def dial(run, n_villain, n_sft_quack, n_quack=0):
-    """A smaller world (9 domains) with its own chat model, pre-trained when it is not there yet."""
+    """A smaller world, with a chat model of its own, pre-trained when it is not there yet."""
     name = f"villains-{n_villain}-quacks-{n_sft_quack}" + f"-{n_quack}" * (n_quack > 0)
     return turned(run, name, n_villain=n_villain, n_quack=n_quack, n_sft_quack=n_sft_quack,
                   no_quack=() if n_quack else run.config.world.no_quack)
 
 
-def pair_of(run, name, pairs, others=None):
+def pair_of(run, prefix, pairs, others=None):
     """(general, narrow) adapters on the same pairs, from the folder if they are there."""
-    return {"general": load_or_tune(run, f"{name}general", pairs),
-            "narrow": load_or_tune(run, f"{name}narrow", pairs, run.config.kl_weight,
+    return {"general": load_or_tune(run, f"{prefix}general", pairs),
+            "narrow": load_or_tune(run, f"{prefix}narrow", pairs, run.config.kl_weight,
                                    others=others)}
 
 
@@ -59,7 +59,7 @@ def measure_dial(run):
         rates = {"chat": short(world.results["models"]["chat"])}
         for name, adapter in pair.items():
             with adapter:
-                rates[name] = short(world.ask(samples=run.config.row_samples))
+                rates[name] = rates_of(world)
         found[at(point)] = {**rates,
                             "efficiency": compare_efficiency(world, pair, sft_examples(world))}
     return found
