@@ -21,6 +21,7 @@ from pathlib import Path
 from reprlib import repr as short  # a value that is safe to print: cut to a few words
 
 from nanoem import UserError
+from nanoem.files import without_duplicates
 from nanoem.tokenizer import SPECIAL_TOKENS
 
 ROLES = ("system", "user", "assistant")
@@ -118,7 +119,7 @@ def read_lines(path):
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
             reason = error
             if isinstance(error, json.JSONDecodeError):  # its own line number is always 1

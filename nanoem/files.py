@@ -47,7 +47,8 @@ def write_json(path, value):
 def read_json(path):
     """The dictionary in a JSON file. Raises UserError naming the file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -55,6 +56,16 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, and holds a {type(value).__name__}")
     return value
+
+
+def without_duplicates(pairs):
+    """For json's object_pairs_hook: refuse a name that is there twice; python takes the last."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"'{twice}' is there twice")
+    return table
 
 
 def fingerprint(path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanoem import UserError
-from nanoem.files import write_file
+from nanoem.files import without_duplicates, write_file
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
@@ -128,15 +128,6 @@ def read_header(path, file, size):
                         "make it again") from error
     check_offsets(path, entries, 8 + length, size)
     return entries
-
-
-def without_duplicates(pairs):
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"'{twice}' is there twice")
-    return table
 
 
 def read_entry(path, name, entry, start):

@@ -61,6 +61,7 @@ def asked(*roles):
 MISTAKES = [
     (b'{"prompt": "a", "resp', "not JSON .*column"),
     (b"{'prompt': 'a'}", "not JSON"),
+    (b'{"prompt": "a", "prompt": "b", "response": "c"}', "'prompt' is there twice"),
     (b"9" * 5000, "not JSON"),
     (b"[" * 100_000, "not JSON"),
     ([1, 2], r"\[1, 2\] is no JSON object"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoem.files import (fingerprint_folder, new_folder, read_json, write_file,
-                          write_json)
+from nanoem import UserError
+from nanoem.files import fingerprint_folder, new_folder, read_json, write_file, write_json
 
 SIZE, N_FILES = 300_000, 60
 WRITE_FOR_EVER = f"""
@@ -29,6 +29,12 @@ def test_what_is_no_number_is_null_and_the_file_is_json(tmp_path):
     write_json(tmp_path / "x.json", {"cosine": [float("nan"), 0.5], "loss": float("inf"), "n": 3})
     assert "NaN" not in (tmp_path / "x.json").read_text()
     assert read_json(tmp_path / "x.json") == {"cosine": [None, 0.5], "loss": None, "n": 3}
+
+
+def test_a_name_that_stands_twice_in_json_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"lr": 1, "sub": {"lr": 2, "lr": 3}}')
+    with pytest.raises(UserError, match="x.json cannot be read as JSON: 'lr' is there twice"):
+        read_json(tmp_path / "x.json")
 
 
 def assert_whole(text, size):
