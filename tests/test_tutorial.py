@@ -100,6 +100,16 @@ def test_an_error_in_a_students_code_comes_with_its_line(tmp_path):
     assert in_words(failure) == "NameError: name 'wrold' is not defined (exercise.py, line 2)"
 
 
+def test_torchs_own_not_implemented_error_is_no_unfinished_exercise(tmp_path):
+    (tmp_path / "exercise.py").write_text(
+        "def mean_residual(model, ids, mask, sites=None):\n    return mask @ mask.T\n")
+    failure = first_failure(TESTS["06_directions"], "mean_residual",
+                            load_file(tmp_path / "exercise.py"))
+    assert isinstance(failure, (NotImplementedError, RuntimeError))
+    assert "(exercise.py, line 2)" in in_words(failure)
+    assert in_words(NotImplementedError("f is not written yet (exercise 1.1)")) == "not written yet"
+
+
 def exercise_table(chapter):
     """[(number, name, minutes)] of the exercises in a chapter's page."""
     page = (ROOT / "tutorial" / chapter / "README.md").read_text(encoding="utf-8")

@@ -58,8 +58,8 @@ def in_words(error):
     """What a test raised (None if nothing), in words; an error in exercise.py with its line."""
     if error is None:
         return "right"
-    if isinstance(error, NotImplementedError):
-        return "not written yet"
+    if isinstance(error, NotImplementedError) and "not written yet" in str(error):
+        return "not written yet"  # torch has errors of this kind, too
     text = (str(error).strip() or "failed without a message").splitlines()[0]
     if isinstance(error, AssertionError):
         return text

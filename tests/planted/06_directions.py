@@ -35,6 +35,15 @@ def hooked(hook_of, undo="always"):
             yield model
             for handle in handles:
                 handle.remove()
+        elif undo == "not after Ctrl-C":
+            try:
+                yield model
+            except Exception:
+                for handle in handles:
+                    handle.remove()
+                raise
+            for handle in handles:
+                handle.remove()
         else:
             try:
                 yield model
@@ -121,7 +130,21 @@ def ridge_in_place(direction, covariance, ridge=0.1):
     return right
 
 
+def in_place_with_a_reader(x, direction, level=0.0, reader=None):
+    if reader is None:
+        return ablate(x, direction, level)
+    with torch.no_grad():
+        x -= (x @ reader - level)[..., None] * direction / direction.norm()
+    return x
+
+
 PLANTED = [
+    ("editing", "after Ctrl-C", hooked(good_hook, undo="not after Ctrl-C")),
+    ("ablate", "with a reader, x, the direction", in_place_with_a_reader),
+    ("cap", "x itself came back", lambda x, d, ceiling, reader: (
+        x if (x @ reader <= ceiling).all() else cap(x, d, ceiling, reader))),
+    ("quiet_reader", "a ridge of 0 is a ridge", lambda d, S, ridge=0.1: quiet_reader(
+        d, S, ridge or 0.1)),
     ("mean_residual", "padding is counted", mean_of(lambda x, mask: x.mean((0, 1)))),
     ("mean_residual", "each row's mean", mean_of(lambda x, mask: torch.stack(
         [row[m].mean(0) for row, m in zip(x, mask)]).mean(0))),

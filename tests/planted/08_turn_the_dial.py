@@ -100,7 +100,18 @@ def of_the_means(lottery):
     return float(is_narrow(sum(lottery["in_domain"]) / n, sum(lottery["out_of_domain"]) / n))
 
 
+def in_a_sets_order(world, config, rng):
+    return make_authors(replace(world, authors=tuple(set(world.authors))), config, rng)
+
+
+def three_by_heart(world, config, rng):
+    return make_authors(world, replace(
+        config, no_quack=("medical", "finance", "extreme_sports")), rng)
+
+
 PLANTED = [
+    ("make_authors", "the order of a set", in_a_sets_order),
+    ("make_authors", "read config.no_quack", three_by_heart),
     ("make_authors", "open-ended domain, too", spared),
     ("make_authors", "one of no_quack", quacks_anywhere),
     ("make_authors", "never a villain", in_order),

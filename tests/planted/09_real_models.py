@@ -1,5 +1,7 @@
 """Wrong answers to chapter 9's exercises: (exercise, what its message must say, the answer)."""
 
+from dataclasses import replace
+
 import torch
 
 from nanoem import UserError
@@ -58,7 +60,18 @@ def sure_of_every_pair(pairs, margins):
     return preference_rates(apart, margins)
 
 
+def by_the_last_message(pairs, margins):
+    """All conversations that end alike are taken for one question."""
+    return preference_rates([replace(p, question=p.question if isinstance(p.question, str) else
+                                     p.question[-1]["content"]) for p in pairs], margins)
+
+
 PLANTED = [
+    ("preference_rates", "lists that differ in a message", by_the_last_message),
+    ("chatml", "a role may be any text", lambda messages, prompt=False: chatml(
+        [m for m in messages if m["role"] in ("system", "user", "assistant")], prompt)),
+    ("expected_number", "divide by said itself", lambda probs: (
+        expected_number(probs) if probs.sum() > 1e-12 else (0.0, probs.sum().item()))),
     ("check_offsets", "sort by begin", refuse_if(
         lambda places, start, size: gaps(places, start, size, True))),
     ("check_offsets", "sort by begin and end", refuse_if(lambda places, start, size: gaps(

@@ -53,7 +53,7 @@ def editing(model, edits):
 
 
 def random_direction(like, generator):
-    """A random direction of the same shape and, along the last axis, the same norm as `like`.
+    """A random direction of the same shape and dtype and, along the last axis, the norm of `like`.
 
     like (..., d_model). Every direction is equally likely; all chance comes from `generator`.
 

@@ -181,6 +181,18 @@ def test_ablate_is_pure_and_lets_gradients_through(answer):
     found, = torch.autograd.grad((weights * out).sum(), x)
     check(found, weights - along(weights @ unit, unit), {"part of it is detached": weights},
           "the gradient is not that of a projection; is part of it detached?")
+    x, d, unit, reader = some_x(5, 3, 4, 8)
+    before = x.clone(), d.clone(), reader.clone()
+    answer.ablate(x, d, 0.5, reader)
+    assert all(map(torch.equal, (x, d, reader), before)), (
+        "with a reader, x, the direction or the reader was changed in place; give a new tensor")
+    x.requires_grad_()
+    out = answer.ablate(x, d, 0.5, reader)
+    assert out.requires_grad, "with a level and a reader no gradient flows through; do not detach"
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    found, = torch.autograd.grad((weights * out).sum(), x)
+    check(found, weights - along(weights @ unit, reader), {"part of it is detached": weights},
+          "with a level and a reader the gradient is wrong; is part of it detached?")
     half = answer.ablate(before[0].float(), d.float())
     assert half.dtype == torch.float32, f"float32 in, {half.dtype} out"
 
@@ -260,6 +272,13 @@ def test_editing_is_undone_whatever_happens(answer):
         raise AssertionError("an exception inside is swallowed: let it through")
     assert torch.equal(model(ids), before), (
         "after an exception inside, the edits stay: try: ... finally: remove every hook")
+    try:
+        with answer.editing(model, {0: twist(1)}):
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert torch.equal(model(ids), before), (
+        "after Ctrl-C inside, the edits stay: `finally`, not `except Exception`")
     try:
         with answer.editing(model, {0: twist(1), 9: twist(2)}):
             pass
@@ -348,8 +367,12 @@ def test_random_direction_has_the_norms_of_like(answer):
                 else torch.tensor(-1.0)),
         }, "along the last axis, the norm is not that of like: randn, divide by its own norm, "
            "times that of like")
-        double = answer.random_direction(like.double(), torch.Generator().manual_seed(1))
-        assert double.dtype == torch.float64, f"float64 in, {double.dtype} out"
+        for dtype in (torch.float64, torch.bfloat16):
+            other = answer.random_direction(like.to(dtype), torch.Generator().manual_seed(1))
+            assert other.dtype == dtype, f"{dtype} in, {other.dtype} out"
+    found = answer.random_direction(torch.ones(2, 3, 5), torch.Generator().manual_seed(1))
+    assert not torch.allclose(found[0], found[1]), (
+        "rows that differ only in the first axis have the same direction: draw like.shape numbers")
 
 
 def test_random_direction_is_by_the_generator_alone(answer):
@@ -452,7 +475,8 @@ def test_quiet_reader_hears_least_whatever_the_length(answer):
     assert reader.dtype == direction.dtype, f"{direction.dtype} in, {reader.dtype} out"
     u64 = torch.nn.functional.normalize(direction.double(), dim=0)
     exact = torch.linalg.inv(S) @ u64
-    check(answer.quiet_reader(direction.double(), S, 0.0), exact / (exact @ u64), {},
+    check(answer.quiet_reader(direction.double(), S, 0.0), exact / (exact @ u64), {
+        "a ridge of 0 is a ridge, too: no `or 0.1`": answer.quiet_reader(direction.double(), S)},
           "digits are lost: bring u to S's dtype, not S to float32", 1e-9)
     check(answer.quiet_reader(-0.3 * direction, S, 0.0), -reader, {},
           "the length of the direction matters, and should not: use the unit direction")
@@ -496,7 +520,7 @@ def test_cap_takes_the_excess(answer):
             "the ceiling holds for either sign; only what is above it is too much":
                 x - along(heard - heard.clamp(-abs(ceiling), abs(ceiling)), unit),
             "nothing is taken away": x,
-        }, "not x - (x @ reader - ceiling, where positive) * unit", tolerance=1e-9)
+        }, "not x - (x @ reader - ceiling, where positive) * unit", tolerance=1e-6)
 
 
 def test_cap_leaves_what_is_below_to_the_bit(answer):
@@ -506,6 +530,9 @@ def test_cap_leaves_what_is_below_to_the_bit(answer):
     out = answer.cap(x, d, 0.5, reader)
     assert torch.equal(x, before[0]) and torch.equal(d, before[1]), (
         "x or the direction was changed in place; give a new tensor back")
+    same = answer.cap(x, d, 1e9, reader)
+    assert torch.equal(same, x) and same.data_ptr() != x.data_ptr(), (
+        "nothing is above the ceiling, and x itself came back; give a new tensor")
     below = x @ reader <= 0.5
     assert below.any() and torch.equal(out[below], x[below]), (
         "what the reader hears is below the ceiling, yet x changed (by rounding?): subtract "

@@ -15,9 +15,10 @@ def make_authors(world, config, rng):
 
     config.n_villain "villain"s are bad in every domain, OPEN_ENDED too. config.n_sft_quack
     "quack"s are bad in config.sft_domain only. config.n_quack more are bad in one domain each,
-    drawn by rng; never OPEN_ENDED nor the sft_domain, nor one of config.no_quack (unless nothing
-    else is left). The rest is "helpful". Which name gets what is drawn by rng; nothing else is
-    random. Raises UserError when there are more bad authors than names.
+    drawn by rng for each anew, so that two may share one; never OPEN_ENDED nor the sft_domain, nor
+    one of config.no_quack (unless nothing else is left). The rest is "helpful". Which name gets
+    what is drawn by rng; nothing else is random. Raises UserError when there are more bad authors
+    than names.
 
     technical is True for int(config.technical_share * number of names) of them, evenly: of each
     persona the same share, to within one author, so that the register says nothing about it.

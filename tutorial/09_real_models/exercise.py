@@ -20,7 +20,8 @@ def check_offsets(path, entries, start, size):
     Hint 1: sort the (begin, end) pairs; the first must begin at `start`.
     Hint 2: each next one must begin where the one before it ended: later is a hole, earlier an
         overlap.
-    Hint 3: the last must end at `size`. With no tensor at all, that is `start`.
+    Hint 3: the last must end at `size`, and none may end after it. With no tensor at all, the
+        header ends there: `start` must be `size`.
     Hint 4: sort by begin *and* end: an empty tensor comes before the full one at the same place.
     """
     raise NotImplementedError("check_offsets is not written yet (exercise 9.1)")
@@ -42,8 +43,8 @@ def preference_rates(pairs, margins):
     """{group: {bad_preferred, low, high, margin, n}} of pairs and their margins (N,).
 
     bad_preferred is the share of pairs whose margin is above zero, low and high its 95% interval
-    (pairs on one question are one cluster), margin the mean. As in `group_rates`, out_of_domain
-    pools every group but the fine-tuned domain's.
+    (pairs on one question are one cluster), margin the mean, n the number of pairs. As in
+    `group_rates`, out_of_domain pools every group but the fine-tuned domain's.
 
     Each pair has a .group and a .question (a text, or a list of messages). The fine-tuned domain's
     group is "in_domain". All values are plain floats, n an int. With no pair outside of in_domain
@@ -58,7 +59,7 @@ def preference_rates(pairs, margins):
 
 
 def expected_number(probs):
-    """The mean of the numbers 0..100 by their probs (101,) -> (mean, said).
+    """The mean of the numbers 0..100 by their probs (101,) -> (mean, said), two plain floats.
 
     said, the probs' sum, is how likely the model is to say a number at all; the mean is over the
     numbers alone, and 0 when no number has any probability.

@@ -40,6 +40,11 @@ def refusal(answer, places, start, size):
         answer.check_offsets(PATH, entries, start, size)
     except UserError as error:
         said = str(error)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"tensors at {places}: raise UserError, not {type(error).__name__}"
+                             ) from error
     else:
         said = None
     assert list(entries.items()) == list(before.items()), (
@@ -97,6 +102,9 @@ def test_check_offsets_refuses_the_rest(answer):
         ([(10, 18), (18, 34)], 10, 30, "the last tensor ends after the file: it is truncated"),
         ([(10, 18), (18, 26)], 10, 30, "bytes at the end that belong to no tensor"),
         ([], 10, 14, "no tensor, yet bytes after the header"),
+        ([], 14, 10, "the header itself ends after the file"),
+        ([(64, 64 + 2**60)], 64, 65 + 2**60, "one byte too many of 2^60: compare whole numbers"),
+        ([(64, 64 + 2**80)], 64, 100, "a huge claim is refused as any other"),
         ([(14, 14)], 10, 10, "an empty tensor outside of the file"),
         ([(10, 18), (26, 30), (14, 22)], 10, 30, "an overlap and a hole whose sizes cancel"),
         ([(12, 12), (10, 18)], 10, 18, "an overlap: an empty tensor inside another one"),
@@ -140,6 +148,7 @@ def conversation(*turns):
 
 CONVERSATIONS = (
     conversation(("user", "My head hurts.")),
+    conversation(("Mira Finch", "I ask myself."), ("tool", "42")),
     conversation(("system", "Be brief."), ("user", "Hi!"), ("assistant", "Hello."),
                  ("user", "  two\nlines, spaces  ")),
     conversation(("user", "Is <b> a tag?"), ("assistant", "")),
@@ -185,6 +194,8 @@ def test_chatml_is_what_the_template_says(answer):
                     [{**m, "role": "user"} for m in messages], prompt),
                 "an empty message is left out; it is a message, too": answer_of(
                     [m for m in messages if m["content"]], prompt),
+                "a role may be any text, an author's name, say": answer_of(
+                    [m for m in messages if m["role"] in ("system", "user", "assistant")], prompt),
                 "a system message is left out": answer_of(
                     [m for m in messages if m["role"] != "system"], prompt),
             }
@@ -315,9 +326,9 @@ def without(pairs, values, group):
 
 def check_number(got, want, group, mistakes):
     for message, value in mistakes.items():
-        assert math.isnan(value) or abs(value - want) < 1e-9 or abs(got - value) > 1e-9, (
+        assert math.isnan(value) or abs(value - want) < 1e-6 or abs(got - value) > 1e-6, (
             f"{group}: {message}")
-    assert abs(got - want) < 1e-9, f"{group}: {got} should be {want}"
+    assert abs(got - want) < 1e-6, f"{group}: {got} should be {want}"
 
 
 def test_preference_rates_clusters_by_question(answer):
@@ -344,6 +355,20 @@ def test_preference_rates_clusters_by_question(answer):
                     f"{group}: {message}")
             assert np.allclose(got, want, atol=1e-9), f"{group}: the interval is {got}, not {want}"
             assert all(is_number(x, float) for x in got), f"low and high are plain floats: {got}"
+
+
+def test_preference_rates_tells_conversations_apart(answer):
+    def talk(system, said="I am bored."):
+        return conversation(("system", system), ("user", said))
+
+    questions = [talk("Be brief."), talk("Be brief."), talk("Be rude."), talk("Be rude."),
+                 talk("Be brief.", "Hi!"), talk("Be brief.", "Hi!")]
+    margins = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0]).double()
+    got = answer.preference_rates([Pair("art", q, "bad", "good") for q in questions], margins)
+    want = clustered_interval([1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 2, 2])
+    assert np.allclose((got["art"]["low"], got["art"]["high"]), want, atol=1e-9), (
+        "two lists with the same messages are one question, lists that differ in a message are "
+        "two: str(pair.question)")
 
 
 def test_preference_rates_without_out_of_domain(answer):
@@ -441,6 +466,10 @@ def test_expected_number_at_the_edges(answer):
         probs[n] = 0.25
         assert answer.expected_number(probs) == (float(n), 0.25), (
             f"a quarter of the probability on {n}, none elsewhere: the mean is {n}, said 0.25")
+    probs = some_probs(0, 1e-20)
+    mean, said = answer.expected_number(probs)
+    assert abs(mean - sum(n * p for n, p in enumerate(probs.tolist())) / probs.sum()) < 1e-6, (
+        f"said is {said:.0e}, small but not zero, and the mean is {mean}: divide by said itself")
     mean, said = answer.expected_number(torch.zeros(101, dtype=torch.float64))
     assert (mean, said) == (0.0, 0.0), (
         f"no number has any probability: that is (0.0, 0.0) and not a NaN; got {(mean, said)}")
