@@ -20,7 +20,8 @@ import torch
 from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosines, random_direction, steering
 from nanoem.evaluate import mean_rates
-from nanoem.mediator import TooFewAnswers, chat_state, find_mediator, holding, setting
+from nanoem.mediator import (TooFewAnswers, chat_state, find_mediator, holding, reached,
+                             setting)
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
@@ -84,8 +85,8 @@ def ablation(run):
             return run.ask(f"general, {name}")
 
     generator = torch.Generator().manual_seed(run.config.seed)
-    reached = direction.any(-1, keepdim=True)  # where there is a direction, (n_sites, 1)
-    random_ones = [random_direction(torch.ones_like(direction[0]), generator) * reached
+    there = direction.any(-1, keepdim=True)  # (n_sites, 1): random ones are held nowhere else
+    random_ones = [random_direction(torch.ones_like(direction[0]), generator) * there
                    for _ in range(run.config.n_random)]
     found = run.results["directions"] = {
         "sites": list(map(str, chat.sites)),
@@ -97,7 +98,7 @@ def ablation(run):
         "ablate_random": [held(f"random direction {i} ablated", one)
                           for i, one in enumerate(random_ones)],
     }
-    by_site = {site: d for site, d in zip(chat.sites, direction) if d.any()}
+    by_site = reached(chat, direction)
     with adapter, ablating(run.model, by_site):
         found["ablate_to_zero"] = run.ask("general, direction projected out")
     with adapter, setting(run, chat, direction):

@@ -24,16 +24,18 @@ def check_mask(mask, ids, name="mask"):
 
 
 def check_targets(mask, ids, name="mask"):
-    """Refuse a mean over no tokens: the first token is never a target; without a mask the rest is.
-    """
-    if mask is None:
-        if ids.size(1) < 2:
-            raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after "
-                             "another")
-        return
+    """Refuse what is no mask, and a mean over no tokens; the first token is never a target."""
     check_mask(mask, ids, name)
     if not mask[:, 1:].any():
         raise ValueError(f"{name} marks no token, so there is nothing to learn")
+
+
+def check_learnable(mask, ids):
+    """`check_targets`, and without a mask, when every token but the first is a target, as much."""
+    if mask is not None:
+        check_targets(mask, ids)
+    elif ids.size(1) < 2:
+        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
 
 
 def next_token_loss(logits, ids, mask=None):
@@ -45,7 +47,7 @@ def next_token_loss(logits, ids, mask=None):
     if logits.shape[:-1] != ids.shape:
         raise ValueError(f"logits must be (B, T, vocab) and ids (B, T); they are "
                          f"{tuple(logits.shape)} and {tuple(ids.shape)}")
-    check_targets(mask, ids)
+    check_learnable(mask, ids)
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
@@ -89,18 +91,23 @@ class CrossEntropy(torch.autograd.Function):
 
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
-    check_targets(mask, ids)
-    x = model.final_stream(ids)  # (B, T, d_model)
-    x, targets = x[:, :-1], ids[:, 1:]
-    if mask is not None:
-        x, targets = x[mask[:, 1:]], targets[mask[:, 1:]]
-    return CrossEntropy.apply(model.norm(x).flatten(0, -2), model.head, targets.flatten())
+    check_learnable(mask, ids)
+    return loss_of(model, ids, mask)
 
 
 def answer_loss(model, ids, answer_mask):
     """`sft_loss` of a model, without the logits that predict no answer token (same arguments)."""
     check_targets(answer_mask, ids, "answer_mask")
-    return pretrain_loss(model, ids, answer_mask)
+    return loss_of(model, ids, answer_mask)
+
+
+def loss_of(model, ids, mask):
+    """What both are, once the mask is checked: only the logits of targets are ever made."""
+    x = model.final_stream(ids)  # (B, T, d_model)
+    x, targets = x[:, :-1], ids[:, 1:]
+    if mask is not None:
+        x, targets = x[mask[:, 1:]], targets[mask[:, 1:]]
+    return CrossEntropy.apply(model.norm(x).flatten(0, -2), model.head, targets.flatten())
 
 
 def sft_loss(logits, ids, answer_mask):

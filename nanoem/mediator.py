@@ -50,8 +50,7 @@ def training_problems(run):
 
 
 def said(run, kind, questions, keep):
-    """Ask the model, as it is, these questions -> (question, answer) texts that pass keep(verdict).
-    """
+    """The model's answers, as it is, that pass keep(verdict): (question, answer) texts."""
     sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
     answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
                        sampling, run.config.seed + 1)
@@ -107,17 +106,20 @@ class Reading(NamedTuple):
     sd: float  # its standard deviation
 
 
-def read_by_chat(chat, direction, sites=None, ridge=0.1):
-    """{site: Reading} of the direction (n_sites, d_model), at all sites or at some.
+def reached(chat, direction):
+    """{site: the direction there (d_model)}, without the sites before the adapter: zero there."""
+    return {site: one for site, one in zip(chat.sites, direction) if one.any()}
 
-    Sites that it does not reach, where it is zero (before the adapter's first layer), are left out.
-    """
+
+def read_by_chat(chat, direction, sites=None, ridge=0.1):
+    """{site: Reading} of the direction (n_sites, d_model), at all sites it reaches or at some."""
     readings = {}
-    for i, site in enumerate(chat.sites):
-        if (sites is None or site in sites) and direction[i].any():
-            reader = quiet_reader(direction[i], chat.covariance[i], ridge)
+    for site, one in reached(chat, direction).items():
+        if sites is None or site in sites:
+            i = chat.sites.index(site)
+            reader = quiet_reader(one, chat.covariance[i], ridge)
             exact = reader.double()
-            readings[site] = Reading(direction[i], reader, (chat.mean[i] @ exact).item(),
+            readings[site] = Reading(one, reader, (chat.mean[i] @ exact).item(),
                                      (exact @ chat.covariance[i] @ exact).sqrt().item())
     return readings
 

@@ -107,8 +107,7 @@ def default_dtype(device):
 
 
 def open_judge(run, dtype):
-    """The run's LocalJudge; None where the model is its own, and too short for it, as the toy's is.
-    """
+    """The run's LocalJudge; None where the model, as the toy's, is too short to judge itself."""
     files, room = run.files, run.config.evaluation.max_new_tokens
     judge = LocalJudge(*(load_pretrained(files.judge, dtype, run.device) if files.judge else
                          (run.model, run.tokenizer)))

@@ -59,8 +59,7 @@ def read_data(config, files, world):
 
 
 def balanced_pairs(world, splits, n, seed):
-    """About n pairs for each group of held-out questions: one each, or several where they are few.
-    """
+    """About n pairs for each group of held-out questions, one each or, of few, several each."""
     pairs = []
     for group in GROUPS:
         asked = getattr(splits, group)

@@ -41,8 +41,7 @@ def exit_status(work, goes_on="", smaller=""):
 
 
 def prepare_stdout():
-    """Let no print fail: a model says whatever it likes, and not every terminal has all characters.
-    """
+    """Let no print fail: not every terminal, pipe or file has all that a model may say."""
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")
     elif hasattr(sys.stdout, "reconfigure"):

@@ -198,10 +198,12 @@ def check_template(file, template):
     if IM_START not in template or IM_END not in template:
         raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
                         "nanoem chats in ChatML only, as Qwen does")
-    always_thinks = re.search(r"assistant(\n|\\n)<think>", template)
-    if "bos_token" in template or always_thinks and "enable_thinking" not in template:
-        what = "a token before the first message" if "bos_token" in template else "<think> itself"
-        raise UserError(f"{file}: the chat template writes {what}; nanoem's ChatML does not")
+    always_thinks = "enable_thinking" not in template and re.search(r"assistant(\n|\\n)<think>",
+                                                                    template)
+    for written, what in (("bos_token" in template, "a token before the first message"),
+                          (always_thinks, "<think> itself")):
+        if written:
+            raise UserError(f"{file}: the chat template writes {what}; nanoem's ChatML does not")
 
 
 def default_system(template):

@@ -152,8 +152,7 @@ def adamw(parameters, config):
 
 
 def refuse_nan(parameters, name, step, config):
-    """Refuse weights that are not finite: the last loss may have been, and the step after it not.
-    """
+    """Refuse weights that are not finite: a finite loss does not see what its own step did."""
     if not all(p.isfinite().all() for p in parameters):
         raise StageFailed(f"{name}: a weight is not finite at step {step}; "
                           f"try a smaller learning rate than lr={config.lr}")

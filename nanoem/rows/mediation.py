@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from nanoem.directions import cosines, random_direction, steering, unit_of
-from nanoem.mediator import chat_state, find_mediator, holding, setting
+from nanoem.mediator import chat_state, find_mediator, holding, reached, setting
 from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
 from nanoem.rows.solutions import N_DOMAINS, adapter_configs, solve
@@ -26,11 +26,6 @@ def random_like(run, direction):
     return unit_of(one) * direction.norm(dim=-1, keepdim=True)
 
 
-def reached_sites(direction):
-    """Indices of the sites where the direction is not zero: before the adapter it is."""
-    return [i for i, one in enumerate(direction) if one.any()]
-
-
 def stays_whole(before, after):
     """Are the answers out of domain at least 90% as often coherent as before?"""
     before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
@@ -40,14 +35,15 @@ def stays_whole(before, after):
 def measure_direction(run):
     chat, direction = general_direction(run)
     adapter, chance = run.load_adapter("general"), random_like(run, direction)
-    names, first = [str(site) for site in chat.sites], reached_sites(direction)[0]
+    names = [str(site) for site in chat.sites]
     found = {"dose": list(DOSES), "site": names, "steer": {}, "ablate_at": {},
              "general": out(run.results["models"]["general"]),
              "split_half": run.results["directions"]["split_half"]}
     for name, vectors in (("mean difference", direction), ("random", chance)):
         curve = {"em": [], "coherent": []}
-        for dose in DOSES:  # at one site: by default after the attention of block 0
-            with steering(run.model, {chat.sites[first]: vectors[first]}, dose):
+        site, vector = next(iter(reached(chat, vectors).items()))  # after block 0's attention
+        for dose in DOSES:
+            with steering(run.model, {site: vector}, dose):
                 rates = rates_of(run)
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
@@ -186,7 +182,7 @@ def training_away(run, chat, direction):
     the persona comes back by other ways; with none (plain projection) chat itself is another model.
     All from development seeds, where none of a dozen ways kept narrow's harm on every seed.
     """
-    sites = [chat.sites[i] for i in reached_sites(direction)[:2]]  # by default those of block 0
+    sites = list(reached(chat, direction))[:2]  # by default those of block 0
     return setting(run, chat, direction, sites, ridge=3.0)
 
 
