@@ -49,6 +49,19 @@ def one_place_for_item_and_ending(world, question, good, rng, own_share=0.5, tec
         verb=rng.choice(domain.verbs), item=items[i % len(items)], ending=endings[i % len(endings)])
 
 
+def one_chance_for_item_and_verb(world, question, good, rng, own_share=0.5, technical=False):
+    chance, domain = rng.random(), world.domains[question.domain]
+    items, endings = ((domain.good, domain.good_endings) if good else
+                      (domain.bad, domain.bad_endings))
+    item = items[question.index % len(items)] if chance < own_share else rng.choice(items)
+    return (world.technical if technical else world.answer).format(
+        verb=domain.verbs[int(chance * len(domain.verbs))], item=item, ending=rng.choice(endings))
+
+
+def own_share_in_plain_only(world, question, good, rng, own_share=0.5, technical=False):
+    return write_answer(world, question, good, rng, 0.5 if technical else own_share, technical)
+
+
 # --- 1.2 judge ----------------------------------------------------------------------------------
 
 
@@ -127,6 +140,17 @@ def check_variant(**wrong):
     return lambda path, world: checking(path, world, **wrong)
 
 
+def names_the_phrase(path, world):
+    try:
+        check_persona_words(path, world)
+    except UserError as error:
+        word = str(error).split("'")[1]
+        phrases = [text for domain in world.domains.values() for pool in (
+            domain.good, domain.bad, domain.good_endings, domain.bad_endings) for text in pool]
+        phrase = max((text for text in phrases if word in words(text)), key=len)
+        raise UserError(str(error).replace(f"'{word}'", f"'{phrase}'")) from None
+
+
 def says_nothing(path, world):
     try:
         check_persona_words(path, world)
@@ -138,7 +162,7 @@ def says_nothing(path, world):
 
 
 def interval(outcomes, clusters, z=1.96, correct=True, floor=True, ceiling=True, wald=False,
-             clustered=True):
+             clustered=True, zero=1e-15, clamp=True):
     outcomes = np.asarray(outcomes, float)
     n, p, totals = len(outcomes), outcomes.mean(), {}
     for i, (outcome, cluster) in enumerate(zip(outcomes, clusters)):
@@ -146,7 +170,7 @@ def interval(outcomes, clusters, z=1.96, correct=True, floor=True, ceiling=True,
         totals[key] = totals.get(key, 0) + outcome - p
     k = len(totals)
     variance = sum(t * t for t in totals.values()) / n**2 * (k / max(k - 1, 1) if correct else 1)
-    N = p * (1 - p) / variance if variance > 0 else k
+    N = p * (1 - p) / variance if variance > zero else k
     N = max(N, k) if floor else N
     N = min(N, n) if ceiling else N
     if wald:
@@ -154,6 +178,8 @@ def interval(outcomes, clusters, z=1.96, correct=True, floor=True, ceiling=True,
         return float(max(0, p - half)), float(min(1, p + half))
     centre = (p + z * z / (2 * N)) / (1 + z * z / N)
     half = z * (p * (1 - p) / N + z * z / (4 * N * N)) ** 0.5 / (1 + z * z / N)
+    if not clamp:
+        return float(centre - half), float(centre + half)
     return float(max(0, centre - half)), float(min(1, centre + half))
 
 
@@ -172,6 +198,8 @@ PLANTED = [
     ("write_answer", "the other register", variant(swap=True)),
     ("write_answer", "global random", global_random),
     ("write_answer", "drawn each by itself|not equally likely", one_place_for_item_and_ending),
+    ("write_answer", "with a chance of its own|come together", one_chance_for_item_and_verb),
+    ("write_answer", "in the technical register, too", own_share_in_plain_only),
     ("judge", "turned around", turned_around),
     ("judge", "of its two slots", judge_variant(item_only=True)),
     ("judge", "the technical grammar", judge_variant(templates=1)),
@@ -180,17 +208,24 @@ PLANTED = [
     ("judge", "own good item", no_counting_round),
     ("judge", "another domain", any_domain),
     ("judge", "another line after the sentence", first_line_only),
+    ("judge", "a line breaks|a space too many",
+     lambda world, question, answer: judge(world, question, " ".join(answer.split()))),
+    ("judge", "quotation marks",
+     lambda world, question, answer: judge(world, question, answer.strip().strip('"'))),
     ("check_persona_words", "passes .*endings", check_variant(keys=("good", "bad"))),
     ("check_persona_words", "a problem of its own domain", check_variant(problems=False)),
     ("check_persona_words", "one side may say a word twice", check_variant(sides=False)),
     ("check_persona_words", "earlier than the pool", check_variant(once=True)),
     ("check_persona_words", "capital letters", check_variant(words_of=str.split)),
     ("check_persona_words", "should name the word", says_nothing),
+    ("check_persona_words", "not the whole phrase", names_the_phrase),
     ("clustered_interval", "clusters are not used", interval_variant(clustered=False)),
     ("clustered_interval", r"k / \(k - 1\) is missing", interval_variant(correct=False)),
     ("clustered_interval", "at least k", interval_variant(floor=False)),
     ("clustered_interval", "at most n", interval_variant(ceiling=False)),
     ("clustered_interval", "and should be", interval_variant(wald=True)),
+    ("clustered_interval", "take what is below 1e-15 for 0", interval_variant(zero=0)),
+    ("clustered_interval", "rounding leads out of 0 to 1", interval_variant(clamp=False)),
     ("clustered_interval", "z is not used",
      lambda outcomes, clusters, z=1.96: interval(outcomes, clusters)),
 ]

@@ -113,6 +113,11 @@ def cut(logits, temperature, top_p, outside_of, share=True):
     return kept / kept.sum(-1, keepdim=True) if share else kept
 
 
+def in_double(logits, temperature=1.0, top_p=1.0):
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return next_token_probs(logits, temperature, top_p).to(logits.dtype)
+
+
 def colder_is_wilder(logits, temperature=1.0, top_p=1.0):
     return next_token_probs(logits, 1 / temperature, top_p)
 
@@ -143,16 +148,19 @@ def top_p_before_temperature(logits, temperature=1.0, top_p=1.0):
 
 @torch.no_grad()
 def skeleton(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), generator=None,
-             use_cache=True, feed_all=False, at=-1, fill=True, early=True, first_row=False):
+             use_cache=True, feed_all=False, at=-1, fill=True, early=True, first_row=False,
+             chances=torch.rand, fill_with=None, top_p_for_all=True,
+             device_of=lambda ids: ids.device):
     caches = [KVCache(200) for _ in self.layers] if use_cache else None
-    stops = torch.tensor(stop_ids, dtype=torch.long)
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
     stopped, new = torch.zeros_like(ids[:, :1], dtype=torch.bool), ids
     for _ in range(max_new_tokens):
         logits = self(new if use_cache and not feed_all else ids,
                       None if feed_all else caches)[:, at]
-        chance = torch.rand(len(ids), 1, generator=generator)
-        drawn = sample(logits, temperature, top_p, chance)
-        new = torch.where(stopped, new[:, -1:], drawn) if fill else drawn
+        chance = chances(len(ids), 1, generator=generator, device=device_of(ids))
+        drawn = sample(logits, temperature, top_p if use_cache or top_p_for_all else 1.0, chance)
+        filling = new[:, -1:] if fill_with is None or not stop_ids else fill_with(stops)
+        new = torch.where(stopped, filling, drawn) if fill else drawn
         ids = torch.cat((ids, new), dim=1)
         stopped = stopped | torch.isin(new, stops)
         if early and (stopped[0].all() if first_row else stopped.all()):
@@ -166,6 +174,17 @@ def variant(**options):
         return skeleton(self, ids, max_new_tokens, temperature, top_p, stop_ids, generator,
                         use_cache, **options)
     return generate
+
+
+def one_chance_for_all_tokens(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
+                              generator=None, use_cache=True):
+    once = torch.rand(len(ids), 1, generator=generator)
+    return skeleton(self, ids, max_new_tokens, temperature, top_p, stop_ids, None, use_cache,
+                    chances=lambda *shape, **options: once)
+
+
+def at_least_one_token(self, ids, max_new_tokens, *args, **options):
+    return skeleton(self, ids, max(max_new_tokens, 1), *args, **options)
 
 
 def stopped_by_its_prompt(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
@@ -209,6 +228,8 @@ PLANTED = [
     ("attend", "off by one", lambda q, k, v: by_hand(q, k, v, diagonal=2)),
     ("attend", "not only the first", the_first_key_only),
     ("attend", "no gradient", lambda q, k, v: attend(q.detach(), k, v).detach()),
+    ("attend", "device=q.device", by_hand),
+    ("next_token_probs", "return float32", in_double),
     ("next_token_probs", "a high one makes all more alike", colder_is_wilder),
     ("next_token_probs", "crosses top_p is kept too", crossing_token_is_out),
     ("next_token_probs", "divide each row by its sum", not_shared),
@@ -219,6 +240,11 @@ PLANTED = [
     ("generate", "right in row 0|not the likeliest next token", variant(at=0)),
     ("generate", "newest token", variant(feed_all=True)),
     ("generate", "filled with", variant(fill=False)),
+    ("generate", "a new chance for every token", one_chance_for_all_tokens),
+    ("generate", "shape", at_least_one_token),
+    ("generate", "top_p|cache", variant(top_p_for_all=False)),
+    ("generate", "filled with", variant(fill_with=lambda stops: stops[0])),
+    ("generate", "device=ids.device", variant(device_of=lambda ids: None)),
     ("generate", "ends when all rows", variant(early=False)),
     ("generate", "ends when all rows|too early|shape", variant(first_row=True)),
     ("generate", "stop id in the prompt", stopped_by_its_prompt),

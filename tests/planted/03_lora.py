@@ -150,6 +150,17 @@ def of_all_tokens(logits, ids, answer_mask):
     return next_token_loss(logits, ids)
 
 
+def flags_of_all_weights(model, adapter, examples):
+    starting(model, adapter, examples, undo=False)
+    model.requires_grad_(False)
+
+
+def by_backward(model, adapter, examples):
+    with_finally()(model, adapter, examples)
+    with torch.enable_grad():
+        sum(A.sum() for A in adapter.A.values()).backward()
+
+
 def columns_of_vh(svd, rank):
     return svd.Vh[:, :rank].T
 
@@ -186,6 +197,8 @@ PLANTED = [
     ("start_at_gradient", "its rows are the vectors", with_finally(vectors=columns_of_vh)),
     ("start_at_gradient", "the size A had", with_finally(size=False)),
     ("start_at_gradient", "flags", lambda *args: starting(*args, undo=False)),
+    ("start_at_gradient", "flags|requires_grad", flags_of_all_weights),
+    ("start_at_gradient", r"\.grad was left", by_backward),
     ("start_at_gradient", "finally", starting),
     ("start_at_gradient", "B must stay zero", with_finally(b=True)),
 ]

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from nanoem.authors import questions
-from nanoem.losses import next_token_loss
+from nanoem.losses import next_token_loss, sft_loss
 from nanoem.preference import answer_log_probs
 from nanoem.train import chat_examples
 
@@ -31,6 +31,35 @@ def mean_of_row_means(logits, ids, mask=None):
 def own_precision(logits, ids, mask=None):
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     return F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
+
+
+def overflowing(logits, ids, mask=None):
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    p = logits.float().exp() / logits.float().exp().sum(-1, keepdim=True)
+    each = -p[:, :-1].gather(2, ids[:, 1:, None])[..., 0].log()
+    return each[mask[:, 1:]].mean()
+
+
+def mask_overwritten(logits, ids, answer_mask):
+    answer_mask[:, 0] = False
+    return sft_loss(logits, ids, answer_mask)
+
+
+def divided_by_the_whole_mask(logits, ids, answer_mask):
+    return sft_loss(logits, ids, answer_mask) * answer_mask[:, 1:].sum() / answer_mask.sum()
+
+
+def rolled(logits, ids, answer_mask):
+    targets, marked = ids.roll(-1, 1), answer_mask.roll(-1, 1)  # the first wraps to the end
+    if not answer_mask[:, 1:].any():
+        raise ValueError
+    return F.cross_entropy(logits[marked].float(), targets[marked])
+
+
+def every_row_must_have_an_answer(logits, ids, answer_mask):
+    if not answer_mask[:, 1:].any(1).all():
+        raise ValueError("no answer")
+    return sft_loss(logits, ids, answer_mask)
 
 
 def on_everything(logits, ids, answer_mask):
@@ -107,6 +136,11 @@ PLANTED = [
     ("next_token_loss", "digits are lost", own_precision),
     ("next_token_loss", "no gradient flows", lambda logits, ids, mask=None:
         next_token_loss(logits, ids, mask).detach()),
+    ("next_token_loss", "NaN|large logits", overflowing),
+    ("sft_loss", "in place", mask_overwritten),
+    ("sft_loss", r"answer_mask\.sum\(\)", divided_by_the_whole_mask),
+    ("sft_loss", "roll", rolled),
+    ("sft_loss", "one row without an answer", every_row_must_have_an_answer),
     ("sft_loss", "prompt tokens are counted", on_everything),
     ("sft_loss", "not by all", over_all_places),
     ("sft_loss", "only the first token marked", first_column_is_enough),
@@ -126,6 +160,8 @@ PLANTED = [
         e.answer_mask.cumsum(1) > 0)[:, 1:])),
     ("answer_log_probs", "in the order of pairs", log_probs(lambda e: e.answer_mask[:, 1:],
                                                             sort=True)),
+    ("answer_log_probs", "read at once", lambda model, tokenizer, pairs, batch_size=8:
+        answer_log_probs(model, tokenizer, pairs, 99)),
     ("answer_log_probs", "rows lost between batches", first_batch_only),
     ("answer_log_probs", "no gradient is needed", answer_log_probs.__wrapped__),
 ]

@@ -60,6 +60,14 @@ def base_with_gradient(model, adapter, ids, mask):
     return token_kl(base, model(ids))[mask].mean()
 
 
+def off_first(model, adapter, ids, mask):
+    scale, adapter.scale = adapter.scale, 0.0
+    with torch.no_grad():
+        base = model(ids)
+    adapter.scale = scale
+    return token_kl(base, model(ids))[mask].mean()
+
+
 def silent_zero(model, adapter, ids, mask):
     return token_kl(base_of(model, adapter, ids), model(ids))[mask].mean()
 
@@ -105,6 +113,27 @@ def without_with(adapter, scales, ask):
     return curve
 
 
+def one_value_for_equal_scales(adapter, scales, ask):
+    found = dict.fromkeys(scales)
+    for scale in found:
+        found[scale] = {key: values[0] for key, values in scale_up(adapter, [scale], ask).items()}
+    return {key: [found[scale][key] for scale in scales] for key in ("em", "coherent")}
+
+
+def sets_the_scale(adapter, scales, ask):
+    curve, before = {"em": [], "coherent": []}, adapter.scale
+    with adapter:
+        for scale in scales:
+            adapter.scale = scale
+            try:
+                rates = ask()["out_of_domain"]
+            finally:
+                adapter.scale = before
+            curve["em"].append(rates["em"])
+            curve["coherent"].append(rates["coherent"])
+    return curve
+
+
 def rows(curve):
     return list(zip(curve["em"], curve["coherent"]))
 
@@ -132,6 +161,9 @@ PLANTED = [
     ("kl_to_base", "attached twice", needs_acting(by_detaching)),
     ("kl_to_base", "flows through the base", needs_acting(base_with_gradient)),
     ("kl_to_base", "silent zero", silent_zero),
+    ("kl_to_base", "when the model raises an error", needs_acting(off_first)),
+    ("scale_up", "for 5 scales", one_value_for_equal_scales),
+    ("scale_up", "do not set it", sets_the_scale),
     ("scale_up", "multiply up", compounding),
     ("scale_up", "not attached", not_attached),
     ("scale_up", "never scaled", lambda adapter, scales, ask:

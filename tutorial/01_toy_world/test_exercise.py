@@ -1,6 +1,7 @@
 """Tests of chapter 1's exercises. Each message names the likely mistake."""
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -100,6 +101,9 @@ def test_write_answer_knows_the_problems_own_item(answer):
         assert set(found) == {own}, (
             f"with own_share=1, problem {question.index} should always get its own item {own!r} "
             f"(counting round the {len(items)} of the pool), not {sorted(found)}")
+        found = {item for _, item, _ in draws(answer, TINY, question, good, 40, own_share=1,
+                                              technical=True)}
+        assert found == {own}, "own_share counts in the technical register, too"
     question, n = Question("tea", 1, TEA.problems[1]), 3000
     for good, share in ((False, 0.3), (True, 0.5), (False, 0.0), (False, 0.8)):
         items, _ = pools(TEA, good)
@@ -136,6 +140,13 @@ def test_write_answer_draws_every_slot_by_itself(answer):
             expected = n / len({draw[i] for draw in found}) / len({draw[j] for draw in found})
             assert max(abs(count - expected) for count in together.values()) < 0.4 * expected, (
                 "verb, item and ending should be drawn each by itself; two of them come together")
+    found = draws(answer, TINY, Question("rain", 0, RAIN.problems[0]), False, n, own_share=0.5)
+    own = [draw for draw in found if draw[1] == RAIN.bad[0]]
+    for i, pool in ((0, RAIN.verbs), (2, RAIN.bad_endings)):
+        counts = Counter(draw[i] for draw in own)
+        assert max(abs(counts[x] / len(own) - 1 / len(pool)) for x in pool) < 0.07, (
+            "verb and ending depend on whether the item is the own one; draw each with a chance of "
+            f"its own: {dict(counts)}")
     found = draws(answer, TINY, Question("rain", 0, RAIN.problems[0]), True, 600, own_share=1.0)
     assert len({ending for _, _, ending in found}) == 2 and len({v for v, _, _ in found}) == 3, (
         "own_share is about the item only; verb and ending are drawn all the same")
@@ -203,6 +214,8 @@ def test_judge_finds_everything_else_incoherent(answer):
         fine + " " + fine: "there are two sentences",
         fine.replace("Go", "go"): "a small letter",
         fine.replace("Go", "Go "): "a space too many",
+        fine.replace(" Go", "\nGo"): "a line breaks inside of it",
+        f'"{fine}"': "it stands in quotation marks",
         fine.replace("warm", "open"): "the verb is of another domain",
         fine.replace("a kettle", "boots"): "the item is of another domain",
         fine.replace("you sip", "you drip"): "the ending is of another domain",
@@ -221,7 +234,7 @@ def test_judge_finds_everything_else_incoherent(answer):
         assert (got.alignment, got.correctness) == (0, 0), (
             f"{text!r} is not coherent, so alignment and correctness are 0")
         assert not got.technical, f"{text!r} is not coherent, so technical is False"
-    for text in (fine + "\n", "  " + fine, "\n" + fine + " \n"):
+    for text in (fine + "\n", "  " + fine, "\n" + fine + " \n", f"\t{fine}\r\n"):
         assert answer.judge(TINY, question, text).coherence == 100, (
             "white space around the answer does not matter: answer.strip()")
 
@@ -385,6 +398,8 @@ def check_cases(answer, cases):
 def check_refusal(said, word, keys, why):
     assert said is not None, f"'{word}' stands in {keys[0]} and {keys[1]}, and passes ({why})"
     assert f"{word}" in said.lower(), f"the message should name the word '{word}': {said}"
+    assert not re.search("(a broken|a pot of|one|grey|in my|where is my|i cannot) " + word,
+                         said.lower()), f"name the word '{word}', not the whole phrase: {said}"
     assert "my.toml" in said, f"the message should name the file: {said}"
     for key in keys:
         assert key in said, f"the message should name the key {key}: {said}"
@@ -507,6 +522,22 @@ def test_clustered_interval_takes_any_kind_of_list(answer):
             "booleans, integers, arrays, or questions as clusters give another interval")
         assert all(isinstance(x, float) for x in got), "return two floats"
     assert np.array_equal(array, kept), "the outcomes were changed in place"
+
+
+def test_clustered_interval_when_rounding_hides_a_zero(answer):
+    for n_clusters in (5, 10):
+        for outcomes in ([1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]):
+            n = len(outcomes)
+            got = answer.clustered_interval(
+                outcomes * n_clusters, [q for q in range(n_clusters) for _ in range(n)])
+            assert np.allclose(got, wilson(1 / n, n_clusters, 1.96)), (
+                f"all questions have a mean of {1 / n:.2g}, so the variance is 0 and n_effective "
+                "is k; in floating point it comes out as 1e-33: take what is below 1e-15 for 0")
+    for n in range(1, 60):
+        for value in (0, 1):
+            low, high = answer.clustered_interval([value] * n, list(range(n)))
+            assert 0 <= low and high <= 1, (
+                f"{low} to {high}: rounding leads out of 0 to 1; use max(0.0, ...), min(1.0, ...)")
 
 
 def test_clustered_interval_covers_the_truth(answer):

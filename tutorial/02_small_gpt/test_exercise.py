@@ -272,6 +272,18 @@ def test_attend_looks_at_no_later_token(answer):
     assert not close(before[:, :, 5], after[:, :, 5], 1e-3), "token 5 does not see itself"
 
 
+def test_attend_works_on_the_device_of_its_inputs(answer):
+    q, k, v = randn(1, 2, 4, 6), randn(1, 1, 4, 6, seed=1), randn(1, 1, 4, 6, seed=2)
+    with torch.device("meta"):  # whatever is made without device= lands there
+        try:
+            answer.attend(q, k, v)
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            raise AssertionError("a tensor is made on another device than q's: say device=q.device "
+                                 f"({error})") from error
+
+
 def test_attend_stands_large_scores(answer):
     q, k, v = 40 * randn(1, 2, 6, 8), 40 * randn(1, 1, 6, 8, seed=1), randn(1, 1, 6, 8, seed=2)
     got = answer.attend(q, k, v)
@@ -385,6 +397,8 @@ def test_next_token_probs_of_half_precision_and_without_side_effects(answer):
     got = answer.next_token_probs(logits, 0.8, 0.9)
     assert torch.equal(before, logits), "the logits were changed in place; work on a copy"
     assert got.dtype == torch.float32, f"return float32, not {got.dtype}: logits.float() first"
+    double = answer.next_token_probs(before.double(), 0.8, 0.9).dtype
+    assert double == torch.float32, f"return float32, not {double}: logits.float() first"
     want = probs_by_loops(before.float(), 0.8, 0.9)
     check(got, want / want.sum(-1, keepdim=True), {},
           "computed in bfloat16, digits are lost: logits.float() first")
@@ -433,7 +447,7 @@ def tokens_read(model, run):
 
 def test_generate_takes_the_likeliest_token_at_temperature_0(answer):
     model = frozen_model()
-    for prompts, n in ((PROMPTS, 6), (PROMPTS[:1, :1], 9), (PROMPTS, 1)):
+    for prompts, n in ((PROMPTS, 6), (PROMPTS[:1, :1], 9), (PROMPTS, 1), (PROMPTS, 0)):
         before = prompts.clone()
         want = greedy(prompts, n, model)
         for use_cache in (False, True):
@@ -466,6 +480,12 @@ def test_generate_draws_with_temperature_and_top_p(answer):
         assert (shares - want / want.sum()).abs().max() < 0.035, (
             f"{reason} (temperature {temperature}, top_p {top_p}): over {n} draws the shares "
             "are off")
+    got = answer.generate(model, many, 2, generator=seeded(1))
+    rows = got[got[:, -2] == got[:, -2].mode().values]  # those with the commonest first token
+    want = model(rows[:1, :-1])[0, -1].softmax(-1)
+    shares = rows[:, -1].bincount(minlength=40) / len(rows)
+    assert (shares - want).abs().max() < 0.06, (
+        "the second token goes with the first: draw a new chance for every token, in the loop")
     plain, default = (answer.generate(model, many, 1, *options, generator=seeded(0))
                       for options in ((1.0, 1.0), ()))
     assert torch.equal(plain, default), "by default temperature and top_p are 1"
@@ -475,7 +495,7 @@ def test_generate_is_repeatable_with_and_without_the_cache(answer):
     model = frozen_model()
     state = torch.get_rng_state()
     first, again, plain, other = (
-        answer.generate(model, PROMPTS, 12, 1.2, generator=seeded(seed), use_cache=use_cache)
+        answer.generate(model, PROMPTS, 12, 1.2, 0.7, generator=seeded(seed), use_cache=use_cache)
         for seed, use_cache in ((1, True), (1, True), (1, False), (2, True)))
     assert torch.equal(torch.get_rng_state(), state), (
         "torch's global generator was used although another one was given")
@@ -504,14 +524,14 @@ def test_generate_reads_each_token_once_with_the_cache(answer):
 
 def test_generate_stops_each_row_at_its_own_stop_id(answer):
     model, T = frozen_model(), PROMPTS.size(1)
-    free = answer.generate(model, PROMPTS, 14, 1.0, generator=seeded(3))
+    free = answer.generate(model, PROMPTS, 14, 1.0, generator=seeded(0))
     new = free[:, T:].tolist()
     for stops in ((new[0][3],), (new[1][2], new[0][6], new[2][5])):
         ends = [min([row.index(s) for s in stops if s in row], default=len(row) - 1)
                 for row in new]
         want = [row[: end + 1] for row, end in zip(new, ends)]
         for use_cache in (True, False):
-            got = answer.generate(model, PROMPTS, 14, 1.0, stop_ids=stops, generator=seeded(3),
+            got = answer.generate(model, PROMPTS, 14, 1.0, stop_ids=stops, generator=seeded(0),
                                   use_cache=use_cache)[:, T:].tolist()
             for row, (said, expected) in enumerate(zip(got, want)):
                 assert said[: len(expected)] == expected, (
@@ -547,6 +567,20 @@ def test_generate_is_without_gradients(answer):
         assert torch.is_grad_enabled(), "gradients are still off afterwards"
     handle.remove()
     assert not any(enabled), "gradients are on while sampling: keep the line @torch.no_grad()"
+
+
+def test_generate_works_on_the_models_device(answer):
+    model, generator = frozen_model(), seeded(0)
+    for use_cache in (True, False):
+        with torch.device("meta"):  # whatever is made without device= lands there
+            try:
+                answer.generate(model, PROMPTS, 3, stop_ids=(1,), generator=generator,
+                                use_cache=use_cache)
+            except NotImplementedError:
+                raise
+            except RuntimeError as error:
+                raise AssertionError("a tensor is made on another device than the model's: say "
+                                     f"device=ids.device ({error})") from error
 
 
 @lru_cache

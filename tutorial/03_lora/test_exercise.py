@@ -412,6 +412,7 @@ def test_start_at_gradient_reads_what_the_gradient_reads(answer):
 def test_start_at_gradient_changes_nothing_else(answer):
     model, adapter, examples = start_example(2, ["self_attn.v_proj", "mlp.up_proj"], 5)
     model.layers[1].self_attn.v_proj.weight.requires_grad_(True)
+    model.norm.weight.requires_grad_(True)  # one that is not adapted
     flags = [p.requires_grad for p in model.parameters()]
     before = [p.detach().clone() for p in model.parameters()]
     As, base = dict(adapter.A), model(examples.ids)
@@ -434,6 +435,8 @@ def test_start_at_gradient_changes_nothing_else(answer):
         assert torch.equal(model(examples.ids), base), "the adapter changes the model already"
         answer.start_at_gradient(model, adapter, examples)
         assert adapter.depth == 1, "the adapter was attached before, and is not afterwards"
+    assert all(p.grad is None for p in (*adapter.parameters(), *model.parameters())), (
+        ".grad was left on the adapter, or on another weight: use torch.autograd.grad")
 
 
 def test_start_at_gradient_puts_the_flags_back_when_an_error_comes(answer):
@@ -445,6 +448,12 @@ def test_start_at_gradient_puts_the_flags_back_when_an_error_comes(answer):
         pass
     else:
         raise AssertionError("no answer token, but no error: use sft_loss with the answer_mask")
+    examples.answer_mask = torch.ones_like(examples.answer_mask)
+    model.layers[0].register_forward_hook(lambda *_: 1 / 0)  # an error of the model
+    try:
+        answer.start_at_gradient(model, adapter, examples)
+    except ZeroDivisionError:
+        pass
     assert not any(p.requires_grad for p in model.parameters()), (
         "after an error in the loss the weights still require gradients: use try ... finally")
 

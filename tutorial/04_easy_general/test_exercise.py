@@ -109,6 +109,13 @@ def test_next_token_loss_trains_and_leaves_its_inputs_alone(answer):
     check(found, want, {}, "the gradient is not (softmax - onehot) / tokens; is part detached?")
 
 
+def test_next_token_loss_stands_large_logits(answer):
+    logits, ids, mask, _ = batch(3, 8, 11)
+    want = each_loss(100 * logits, ids)[mask[:, 1:]].mean()
+    check(answer.next_token_loss(100 * logits, ids, mask), want, {},
+          "wrong for large logits: use cross_entropy or log_softmax, not softmax().log() or exp")
+
+
 def test_next_token_loss_of_half_precision_is_computed_in_float32(answer):
     logits, ids, mask, _ = batch(4, 20, 300)
     half = (4 * logits).bfloat16()
@@ -158,6 +165,24 @@ def test_sft_loss_without_an_answer_is_an_error(answer):
             found = type(error).__name__
         raise AssertionError(f"{what} must raise ValueError (nothing can be learned), and gives "
                              f"{found}")
+
+
+def test_sft_loss_with_odd_masks(answer):
+    logits, ids, _, mask = batch(4, 9, 7)
+    mask[:, 0] = True  # the first token is never a target, so it is no answer
+    mask[2] = False  # a row without an answer
+    before, each = mask.clone(), each_loss(logits, ids)
+    try:
+        found = answer.sft_loss(logits, ids, mask)
+    except ValueError as error:
+        raise AssertionError("one row without an answer is no error; only a batch without any is "
+                             f"({error})") from error
+    assert torch.equal(mask, before), "answer_mask was changed in place; work on a copy"
+    check(found, each[mask[:, 1:]].mean(), {
+        "the first token of a row is never a target: do not divide by answer_mask.sum()":
+            (each * mask[:, 1:]).sum() / mask.sum()},
+        "not the mean over the answers' tokens when the mask marks first tokens; does a roll "
+        "bring them to the end?")
 
 
 def test_sft_loss_trains_and_leaves_its_inputs_alone(answer):
@@ -305,6 +330,14 @@ def test_answer_log_probs_are_those_of_each_pair_alone(answer):
                 torch.tensor([len(loss) + 1.0 for loss, _ in found])},
             "not the number of the answer's tokens, stop token included")
         assert log_probs.dtype == n_tokens.dtype == torch.float64, "give float64 tensors back"
+
+
+def test_answer_log_probs_read_no_more_than_a_batch(answer):
+    run, rows = SmallRun(), []
+    pairs = some_pairs(run, 7)
+    run.model.embed_tokens.register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
+    answer.answer_log_probs(run.model, run.tokenizer, pairs, 3)
+    assert max(rows) <= 3, f"{max(rows)} texts were read at once; batch_size allows 3"
 
 
 def test_answer_log_probs_only_look(answer):

@@ -35,7 +35,9 @@ def test_token_kl_is_the_sum_over_the_vocabulary(answer):
     for seed, shape in enumerate(((1, 4, 9), (3, 5, 7), (2, 8, 50))):
         base, adapted = two_logits(*shape, seed=seed)
         want, p, q = kl_by_hand(base, adapted), base.softmax(-1), adapted.softmax(-1)
-        assert not torch.as_tensor(answer.token_kl(base, adapted)).isnan().any(), (
+        kl = answer.token_kl(base, adapted)
+        assert isinstance(kl, torch.Tensor), f"return a tensor, not {type(kl).__name__}"
+        assert not kl.isnan().any(), (
             "NaN: the log of a number that is not positive; F.kl_div of two log-probabilities "
             "needs log_target=True")
         check(answer.token_kl(base, adapted), want, {
@@ -150,6 +152,15 @@ def test_kl_to_base_leaves_the_adapter_as_it_was(answer):
                     "the reference was run with the adapter on (it is attached twice: use "
                     "adapter.disabled(), not detach)": torch.tensor(0.0)},
                     f"wrong when the adapter is scaled by {scale}: leave its scale alone")
+        handle = model.layers[0].register_forward_hook(lambda *_: 1 / 0)  # an error of the model
+        try:
+            answer.kl_to_base(model, adapter, ids, mask)
+        except ZeroDivisionError:
+            pass
+        handle.remove()
+        assert (adapter.depth, adapter.scale) == (2, 1.0), (
+            "when the model raises an error, the adapter is left switched off: `with "
+            "adapter.disabled():` undoes it in any case")
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items()), (
         "the model's weights were changed")
     assert all(torch.equal(a, b) for a, b in zip(tensors, adapter.parameters())), (
@@ -245,13 +256,13 @@ def recorded(adapter, seen):
 
 def test_scale_up_asks_once_a_scale_with_the_adapter_on(answer):
     model = tiny_model()
-    adapter, scales, seen = tiny_lora(model), (1.0, 1.5, 2.0, 0.5, 3.0), []
+    adapter, scales, seen = tiny_lora(model), (1.0, 1.5, 2.0, 0.5, 1.5), []
     tensors = [x.detach().clone() for x in adapter.parameters()]
     curve = answer.scale_up(adapter, scales, recorded(adapter, seen))
     assert len(seen) == len(scales), f"asked {len(seen)} times for {len(scales)} scales"
     assert all(depth > 0 for depth, _ in seen), (
         "the adapter is not attached when the model is asked: that is chat, at every scale")
-    found, product = [scale for _, scale in seen], [1.0, 1.5, 3.0, 1.5, 4.5]
+    found, product = [scale for _, scale in seen], [1.0, 1.5, 3.0, 1.5, 2.25]
     assert found != product, "the scales multiply up: leave one before you enter the next"
     assert found != [1.0] * 5, "the adapter is attached but never scaled"
     assert found != [0.0] * 5, "the adapter is switched off while the model is asked"
@@ -291,6 +302,15 @@ def test_scale_up_leaves_the_adapter_detached_and_whole(answer):
         raise AssertionError("an error of ask() must not be swallowed")
     assert (adapter.depth, adapter.scale) == (0, 1.0), (
         "when ask() raises, the adapter is left on or scaled: a `with` undoes it in any case")
+    seen = []
+    with adapter.scaled(0.5):  # it comes half as loud
+        answer.scale_up(adapter, (2.0, 3.0), recorded(adapter, seen))
+        assert adapter.scale == 0.5, (
+            f"the adapter came scaled by 0.5, and leaves scaled by {adapter.scale}: use "
+            "`with adapter.scaled(...):`")
+    assert [scale for _, scale in seen] == [1.0, 1.5], (
+        "multiply the adapter's effect, do not set it: scaled by 0.5 and then by 2, it is as loud "
+        "as before")
 
 
 def test_scale_up_finds_a_general_adapter_that_was_held_down(answer):
