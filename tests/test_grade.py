@@ -173,3 +173,16 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 ])
 def test_a_copied_answer_is_seen(text, handed_over):
     assert grade.hands_over(text, "sft_loss") == handed_over
+
+
+@pytest.mark.parametrize("name, text", [
+    ("attend", "from nanoem.layers import attend_by_hand\ndef attend(x):\n"
+               "    return attend_by_hand(x)"),
+    ("lora_delta", "def lora_delta(x, A):\n    return adapter(A).delta('q', x)"),
+    ("next_token_loss", "from nanoem.losses import sft_loss as s\ndef next_token_loss(x):\n"
+                        "    return s(x)"),
+])
+def test_the_same_work_under_another_name_is_seen(name, text):
+    assert grade.hands_over(text, name)
+    nothing = f"{text.rsplit('    return', 1)[0]}    return x"
+    assert not grade.hands_over(nothing, name)

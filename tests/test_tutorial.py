@@ -107,7 +107,14 @@ def test_torchs_own_not_implemented_error_is_no_unfinished_exercise(tmp_path):
                             load_file(tmp_path / "exercise.py"))
     assert isinstance(failure, (NotImplementedError, RuntimeError))
     assert "(exercise.py, line 2)" in in_words(failure)
-    assert in_words(NotImplementedError("f is not written yet (exercise 1.1)")) == "not written yet"
+
+
+def test_an_unfinished_exercise_is_told_from_one_that_calls_it():
+    error = NotImplementedError("token_kl is not written yet (exercise 5.1)")
+    assert in_words(error, "token_kl") == "not written yet"
+    assert in_words(error, "kl_to_base") == (
+        "it calls another exercise: token_kl is not written yet (exercise 5.1); write that one "
+        "first, or take nanoem's")
 
 
 def exercise_table(chapter):

@@ -55,13 +55,15 @@ def first_failure(tests, exercise, answer):
     return None
 
 
-def in_words(error):
-    """What a test raised (None if nothing), in words; an error in exercise.py with its line."""
+def in_words(error, exercise=""):
+    """What a test of an exercise raised, in words; an error in exercise.py with its line."""
     if error is None:
         return "right"
-    if isinstance(error, NotImplementedError) and UNFINISHED in str(error):
-        return UNFINISHED  # torch has errors of this kind, too
     text = (str(error).strip() or "failed without a message").splitlines()[0]
+    if isinstance(error, NotImplementedError) and UNFINISHED in text:  # torch has such errors, too
+        if text.startswith(f"{exercise} is"):
+            return UNFINISHED
+        return f"it calls another exercise: {text}; write that one first, or take nanoem's"
     if isinstance(error, AssertionError):
         return text
     lines, at = [], error.__traceback__
@@ -77,5 +79,5 @@ def verdict_lines(failures, width=100):
     """{(number, exercise): what it raised, or None} -> aligned lines, one or more an exercise."""
     column = max(len(f"{number} {name}") for number, name in failures) + 2
     return [line for (number, name), error in failures.items() for line in textwrap.wrap(
-        in_words(error), width, initial_indent=f"{f'{number} {name}':<{column}}",
+        in_words(error, name), width, initial_indent=f"{f'{number} {name}':<{column}}",
         subsequent_indent=" " * column)]

@@ -20,9 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorial")]
-from classroom import CHAPTERS, UNFINISHED, first_failure, load_file  # noqa: E402
+from classroom import CHAPTERS, first_failure, in_words, load_file  # noqa: E402
 
 START_UP = 120  # seconds in which a process must have imported torch and the tests
+LONGEST = 300  # letters of a reason
+SAME_WORK = {"attend": "attend_by_hand", "lora_delta": "delta", "next_token_loss": "sft_loss"}
 
 
 class GradeError(Exception):
@@ -44,7 +46,7 @@ def work(student, chapter, exercises, report):
     try:
         answer = load_file(file)
     except BaseException as error:  # whatever a student's file raises, SystemExit too
-        tell("broken", f"exercise.py cannot be imported: {one_line(error)}")
+        tell("broken", f"exercise.py cannot be imported: {in_words(error)}"[:LONGEST])
         return
     source = file.read_bytes()  # python knows its encoding
     for name in exercises:
@@ -62,16 +64,16 @@ def verdict(tests, name, answer, source):
         failure = first_failure(tests, name, answer)
     except BaseException as error:
         failure = error
-    return one_line(failure) if failure else None
+    return in_words(failure, name)[:LONGEST] if failure else None
 
 
 def hands_over(source, name):
-    """Does the function `name` in this source use nanoem's function of the same name?"""
-    tree = ast.parse(source)
+    """Does the function `name` in this source use nanoem's, or another that does its work?"""
+    tree, names = ast.parse(source), (name, SAME_WORK.get(name, name))
     theirs = {alias.asname or alias.name
               for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
               and (node.module or "").startswith("nanoem")
-              for alias in node.names if alias.name == name}
+              for alias in node.names if alias.name in names}
     functions = [node for node in tree.body if getattr(node, "name", None) == name]
     if not functions:
         return bool(theirs)
@@ -79,14 +81,8 @@ def hands_over(source, name):
                                   for node in ast.walk(functions[-1])):
         theirs.discard(name)  # the student's function has taken the imported one's place
     return any(isinstance(node, ast.Name) and node.id in theirs
-               or isinstance(node, ast.Attribute) and node.attr == name
+               or isinstance(node, ast.Attribute) and node.attr in names
                for node in ast.walk(functions[-1]))
-
-
-def one_line(error):
-    text = str(error).strip() or "failed without a message"
-    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-    return (kind + text.splitlines()[0])[:300]
 
 
 # --- watching that process ------------------------------------------------------------------------
@@ -201,10 +197,7 @@ def print_reasons(scores, exercises):
         print(f"\n{student}")
         for chapter, found in chapters.items():
             for i, name in enumerate(exercises[chapter], 1):
-                why = found[name] or "right"
-                stub = why.startswith("NotImplementedError") and UNFINISHED in why
-                why = UNFINISHED if stub else why
-                print(f"  {int(chapter[:2])}.{i} {name:<{width}} {why}")
+                print(f"  {int(chapter[:2])}.{i} {name:<{width}} {found[name] or 'right'}")
 
 
 def grade(folders, chapters=None, seconds=60):

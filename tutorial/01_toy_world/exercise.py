@@ -65,6 +65,7 @@ def clustered_interval(outcomes, clusters, z=1.96):
 
         variance = k / (k - 1) / n^2 * sum over clusters of (sum in the cluster of outcome - p)^2
         n_effective = p (1 - p) / variance, but at least k and at most n; k if the variance is 0
+                      (below 1e-15: rounding seldom leaves a true zero)
         Wilson: (p + z^2/2N -+ z sqrt(p (1 - p) / N + z^2/4N^2)) / (1 + z^2/N), N = n_effective
 
     Returns two floats, within 0 and 1. With one cluster, take 1 for k - 1.

@@ -43,8 +43,8 @@ def attend(q, k, v):
 
     Hint 1: k.repeat_interleave(n_head // n_kv, dim=1) gives each query head its key head.
     Hint 2: scores = q @ k.transpose(-1, -2) / head_dim**0.5 are (B, n_head, T, S).
-    Hint 3: torch.ones(T, S).triu(1).bool() is true where a key is in the future of a query; set
-        those scores to -inf, before the softmax. With T = 1 nothing is in the future.
+    Hint 3: torch.ones(T, S, device=q.device).triu(1).bool() is true where a key is in the future of
+        a query; set those scores to -inf, before the softmax. With T = 1 nothing is in the future.
     """
     raise NotImplementedError("attend is not written yet (exercise 2.3)")
 
@@ -71,13 +71,15 @@ def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
 
     `self` is the model, since in nanoem this is a method of GPT: self(ids) are logits
     (B, T, vocab), self.layers its blocks. Sampling is by `generator` (torch's global one if None);
-    temperature 0 is greedy. After a row's first stop id the row is filled with that id; generation
-    ends early when all have stopped. A stop id in the prompt stops nothing. The same seed gives the
-    same text with and without the cache.
+    temperature 0 is greedy (sample knows it). At each step one chance is drawn for every row, also
+    for those that have stopped. After a row's first stop id the row is filled with that id;
+    generation ends early when all have stopped. A stop id in the prompt stops nothing. The same
+    seed gives the same text with and without the cache.
 
-    Hint 1: first without a cache: chance = torch.rand(B, 1, generator=generator) picks the next
-        token of every row, sample(self(ids)[:, -1], temperature, top_p, chance), (B, 1);
-        torch.cat it to ids, max_new_tokens times.
+    Hint 1: first without a cache: chance = torch.rand(B, 1, generator=generator,
+        device=ids.device) picks the next token of every row, (B, 1):
+        sample(self(ids)[:, -1], temperature, top_p, chance); torch.cat it to ids, max_new_tokens
+        times.
     Hint 2: keep a (B, 1) tensor `stopped`; where it is true, take the row's last token again
         (torch.where). A row has stopped when its new token is in stop_ids (torch.isin).
     Hint 3: with the cache, caches = [KVCache(T + max_new_tokens) for _ in self.layers], and

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F  # noqa: F401
 
 from nanoem.authors import questions  # noqa: F401
+from nanoem.losses import next_token_loss as right_next_token_loss  # noqa: F401  (for sft_loss)
 from nanoem.train import chat_examples  # noqa: F401
 
 
@@ -28,8 +29,10 @@ def sft_loss(logits, ids, answer_mask):
     logits (B, T, vocab), ids (B, T), answer_mask (B, T) bool, true on answer tokens. Returns a
     scalar tensor. Raises ValueError when no token that can be a target is an answer's.
 
-    Hint 1: nanoem.losses.next_token_loss takes a mask of targets.
-    Hint 2: the first column of the mask is never a target, so it does not count as an answer.
+    Hint 1: it is next_token_loss with the answers as its targets; right_next_token_loss is a right
+        one, whether or not yours is.
+    Hint 2: the first column of the mask is never a target, so it does not count as an answer; and
+        one row may have no answer, only not all.
     """
     raise NotImplementedError("sft_loss is not written yet (exercise 4.2)")
 
@@ -49,12 +52,13 @@ def hold_out(world, names, train_share):
 
 @torch.no_grad()
 def answer_log_probs(model, tokenizer, pairs, batch_size=8):
-    """log p(answer | question) of [(question, answer), ...], and how many tokens that is a sum of.
+    """log p(answer | question) of N pairs (question, answer) -> (log_probs, n_tokens), both (N,).
 
-    Both are (N,) float64, on the CPU, in the order of pairs; the stop token belongs to the answer.
+    n_tokens is how many tokens each log_prob is a sum of; the stop token belongs to the answer.
+    Both are float64, on the CPU, in the order of pairs. At most batch_size texts are read at once.
 
-    Hint 1: chat_examples(tokenizer, pairs) gives ids, mask and answer_mask, padded on the right;
-        examples[i : i + batch_size].trimmed() is a part of it.
+    Hint 1: chat_examples(tokenizer, pairs, model.device) gives ids, mask and answer_mask, padded on
+        the right; examples[i : i + batch_size].trimmed() is a part of it.
     Hint 2: log_softmax the logits, then gather at the tokens they predict: (B, T - 1).
     Hint 3: multiply by the answer mask of the targets and sum over T, not over the batch.
     """
