@@ -145,7 +145,10 @@ class MLP(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens seen so far, in buffers made once."""
+    """Keys and values of one layer for the tokens seen so far, in buffers made once.
+
+    Raises ValueError when more than max_tokens come.
+    """
 
     def __init__(self, max_tokens):
         self.max_tokens, self.length = max_tokens, 0
@@ -157,6 +160,9 @@ class KVCache:
             self.k = k.new_empty(B, n_kv, self.max_tokens, head_dim)
             self.v = torch.empty_like(self.k)
         end = self.length + T
+        if end > self.max_tokens:
+            raise ValueError(f"the cache has room for {self.max_tokens} tokens, and {end} came; "
+                             "make it larger, or pass only the tokens it has not seen")
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]

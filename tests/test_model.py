@@ -216,3 +216,5 @@ def test_a_text_read_in_pieces_is_the_text(model, ids, cuts):
     caches = [KVCache(ids.size(1)) for _ in model.layers]
     pieces = [model(ids[:, start:end], caches) for start, end in zip((0, *cuts), (*cuts, None))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=f"room for {ids.size(1)} tokens, and {ids.size(1) + 1}"):
+        model(ids[:, :1], caches)  # one token too many would be lost silently

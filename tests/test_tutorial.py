@@ -100,6 +100,12 @@ def test_an_error_in_a_students_code_comes_with_its_line(tmp_path):
     assert in_words(failure) == "NameError: name 'wrold' is not defined (exercise.py, line 2)"
 
 
+def test_a_forgotten_return_is_named():
+    nothing = SimpleNamespace(attend=lambda q, k, v: None)
+    said = in_words(first_failure(TESTS["02_small_gpt"], "attend", nothing), "attend")
+    assert said.endswith("'isnan'; is a return missing?")
+
+
 def test_torchs_own_not_implemented_error_is_no_unfinished_exercise(tmp_path):
     (tmp_path / "exercise.py").write_text(
         "def mean_residual(model, ids, mask, sites=None):\n    return mask @ mask.T\n")

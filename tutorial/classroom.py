@@ -72,6 +72,8 @@ def in_words(error, exercise=""):
             lines.append(at.tb_lineno)
         at = at.tb_next
     where = f" (exercise.py, line {lines[-1]})" if lines else ""
+    if "NoneType" in text and not lines:  # our test stumbled over what it got
+        where = "; is a return missing?"
     return f"{type(error).__name__}: {text}{where}"
 
 

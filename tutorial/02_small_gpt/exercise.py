@@ -80,8 +80,9 @@ def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
         device=ids.device) picks the next token of every row, (B, 1):
         sample(self(ids)[:, -1], temperature, top_p, chance); torch.cat it to ids, max_new_tokens
         times.
-    Hint 2: keep a (B, 1) tensor `stopped`; where it is true, take the row's last token again
-        (torch.where). A row has stopped when its new token is in stop_ids (torch.isin).
+    Hint 2: keep a (B, 1) tensor `stopped`, on ids.device, too; where it is true, take the row's
+        last token again (torch.where). A row has stopped when its new token is in stop_ids
+        (torch.isin).
     Hint 3: with the cache, caches = [KVCache(T + max_new_tokens) for _ in self.layers], and
         self(new, caches) reads the whole prompt once and then only the newest token.
     """

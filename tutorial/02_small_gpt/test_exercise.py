@@ -460,6 +460,9 @@ def test_generate_takes_the_likeliest_token_at_temperature_0(answer):
                 f"{how}: the shape is {tuple(got.shape)}, and should be {tuple(want.shape)}: "
                 f"{prompts.size(1)} tokens of prompt and {n} new ones")
             assert torch.equal(got[:, : prompts.size(1)], prompts), "the prompt comes first"
+            assert torch.equal(got, want) or not use_cache, (
+                "with the cache: not the text that comes without it; make the caches once, before "
+                "the loop, and then pass only the newest token")
             assert torch.equal(got[0], want[0]), (
                 f"{how}: not the likeliest next token each time; the last place's logits, "
                 "self(ids)[:, -1], say what comes next")
@@ -535,7 +538,8 @@ def test_generate_stops_each_row_at_its_own_stop_id(answer):
                                   use_cache=use_cache)[:, T:].tolist()
             for row, (said, expected) in enumerate(zip(got, want)):
                 assert said[: len(expected)] == expected, (
-                    f"row {row} ends too early or says something else before its stop id")
+                    f"row {row} ends too early or says something else before its stop id (each "
+                    "step draws a chance for every row, for stopped ones, too)")
                 assert len(said) == len(expected) or set(said[len(expected) :]) == {expected[-1]}, (
                     f"row {row}: after its first stop id {expected[-1]} the row is filled with "
                     f"that id, not {said[len(expected):]}")

@@ -232,7 +232,8 @@ def test_hold_out_keeps_what_is_asked_from_what_trains(answer):
     for sizes, share in CASES:
         toy, names = small_world(sizes)
         both = answer.hold_out(toy, names, share)
-        assert isinstance(both, tuple) and len(both) == 2, "return two lists: train, held_out"
+        assert isinstance(both, (tuple, list)) and len(both) == 2, (
+            "return two lists: train, held_out")
         train_part, held_out = both
         for part in both:
             assert isinstance(part, list), "return two lists of questions"
@@ -320,7 +321,8 @@ def test_answer_log_probs_are_those_of_each_pair_alone(answer):
         same_place * is_answer).sum(1)
     for batch_size in (8, 1, 3, 64):
         both = answer.answer_log_probs(run.model, run.tokenizer, pairs, batch_size)
-        assert isinstance(both, tuple) and len(both) == 2, "return log-probabilities and lengths"
+        assert isinstance(both, (tuple, list)) and len(both) == 2, (
+            "return log-probabilities and lengths")
         log_probs, n_tokens = both
         check(log_probs, right, mistakes,
               f"not log p of each answer, with batch_size={batch_size}; is it off by one, is "
