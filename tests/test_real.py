@@ -26,6 +26,7 @@ from nanoem.safetensors import load_tensors, save_tensors
 from nanoem.settings import all_keys
 from nanoem.train import Progress
 from nanoem.world import OPEN_ENDED
+from pretend_card import pretend_card
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--device", "cpu", "--set", "sft.steps=3", "sft_kl.steps=3", "n_sft_examples=32",
@@ -77,6 +78,17 @@ def test_the_run_folder_holds_what_it_should(small, folder):
     assert config["model"] == str(folder.resolve())
     adapter = read_json(small / "adapters/narrow/adapter_config.json")
     assert (adapter["r"], adapter["target_modules"]) == (1, ["mlp.down_proj"])
+
+
+def test_on_a_card_the_results_are_the_same(small, folder, tmp_path, monkeypatch):
+    """A whole run on a pretended card: a tensor that was left on the CPU would end it."""
+    with pretend_card(monkeypatch):
+        assert run.main(["--model", str(folder), *SMALL, "dtype=float32", "--device", "cuda",
+                         "--out", str(tmp_path / "card")]) == 0
+    there, here = (read_json(path / "results.json") for path in (tmp_path / "card", small))
+    for name in ("models", "curves", "samples", "judge"):
+        assert there[name] == here[name], name
+    assert there["device"] == "cuda"
 
 
 def test_the_numbers_are_those_of_the_saved_adapter(small, folder):

@@ -20,6 +20,7 @@ from nanoem.settings import all_keys, set_keys
 from nanoem.shell import exit_status, lacks_memory
 from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
+from pretend_card import pretend_card
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
          "pretrain.batch_size=16", "context=48", "sft.steps=30", "sft_kl.steps=10",
@@ -35,6 +36,15 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert run.main([*SMALL, "--out", str(folder)]) == 0
     return folder
+
+
+def test_on_a_card_the_results_are_the_same(small, tmp_path, monkeypatch):
+    """All stages on a pretended card: a tensor that was left on the CPU would end the run."""
+    with pretend_card(monkeypatch):
+        assert run.main([*SMALL, "--device", "cuda", "--out", str(tmp_path / "card")]) == 0
+    there, here = (without_times(json.loads((folder / "results.json").read_text()))
+                   for folder in (tmp_path / "card", small))
+    assert there == {**here, "device": "cuda"}
 
 
 def test_the_run_folder_holds_what_it_should(small):
