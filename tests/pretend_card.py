@@ -100,5 +100,6 @@ def pretend_card(monkeypatch):
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=False: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # AdamW asks
     with Moves():
         yield
