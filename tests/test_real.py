@@ -80,15 +80,16 @@ def test_the_run_folder_holds_what_it_should(small, folder):
     assert (adapter["r"], adapter["target_modules"]) == (1, ["mlp.down_proj"])
 
 
-def test_on_a_card_the_results_are_the_same(small, folder, tmp_path, monkeypatch):
+def test_on_a_card_the_losses_are_the_same(small, folder, tmp_path, monkeypatch):
     """A whole run on a pretended card: a tensor that was left on the CPU would end it."""
     with pretend_card(monkeypatch):
         assert run.main(["--model", str(folder), *SMALL, "dtype=float32", "--device", "cuda",
                          "--out", str(tmp_path / "card")]) == 0
     there, here = (read_json(path / "results.json") for path in (tmp_path / "card", small))
-    for name in ("models", "curves", "samples", "judge"):
-        assert there[name] == here[name], name
-    assert there["device"] == "cuda"
+    assert there["device"] == "cuda" and list(there["seconds"]) == list(here["seconds"])
+    for name in ("general", "narrow"):
+        losses, expected = (results["curves"][name]["train"]["loss"] for results in (there, here))
+        assert losses == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_numbers_are_those_of_the_saved_adapter(small, folder):
