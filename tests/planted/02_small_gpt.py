@@ -149,15 +149,14 @@ def top_p_before_temperature(logits, temperature=1.0, top_p=1.0):
 @torch.no_grad()
 def skeleton(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(), generator=None,
              use_cache=True, feed_all=False, at=-1, fill=True, early=True, first_row=False,
-             chances=torch.rand, fill_with=None, top_p_for_all=True,
-             device_of=lambda ids: ids.device):
+             chances=torch.rand, fill_with=None, top_p_for_all=True):
     caches = [KVCache(200) for _ in self.layers] if use_cache else None
     stops = torch.tensor(stop_ids, dtype=torch.long, device=ids.device)
     stopped, new = torch.zeros_like(ids[:, :1], dtype=torch.bool), ids
     for _ in range(max_new_tokens):
         logits = self(new if use_cache and not feed_all else ids,
                       None if feed_all else caches)[:, at]
-        chance = chances(len(ids), 1, generator=generator, device=device_of(ids))
+        chance = chances(len(ids), 1, generator=generator, device=ids.device)
         drawn = sample(logits, temperature, top_p if use_cache or top_p_for_all else 1.0, chance)
         filling = new[:, -1:] if fill_with is None or not stop_ids else fill_with(stops)
         new = torch.where(stopped, filling, drawn) if fill else drawn
@@ -244,7 +243,8 @@ PLANTED = [
     ("generate", "shape", at_least_one_token),
     ("generate", "top_p|cache", variant(top_p_for_all=False)),
     ("generate", "filled with", variant(fill_with=lambda stops: stops[0])),
-    ("generate", "device=ids.device", variant(device_of=lambda ids: None)),
+    ("generate", "device=ids.device", variant(
+        chances=lambda *shape, generator, device: torch.rand(*shape, generator=generator))),
     ("generate", "ends when all rows", variant(early=False)),
     ("generate", "ends when all rows|too early|shape", variant(first_row=True)),
     ("generate", "stop id in the prompt", stopped_by_its_prompt),
