@@ -7,10 +7,11 @@ files.py       files and folders that are whole or not there
 tokenizer.py   byte-level BPE and ChatML
 authors.py     authors with personas -> documents, advice to fine-tune on, held-out splits
 layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
-model.py       the GPT, a tiny Qwen2, and how it speaks
+model.py       the GPT, a tiny Qwen3, and how it speaks
 lora.py        rank-r LoRA and the steering vector: attach, switch off, rescale, merge
 parallel.py    more than one process: shares of a batch, sums of gradients, sharded weights
 losses.py      next-token loss, SFT loss on answers only, KL to the base model
+muon.py        the optimizer of the blocks' matrices
 train.py       tokenised examples, the one training loop
 data.py        JSONL files of conversations and questions, checked line by line
 finetune.py    SFT of an adapter, with or without the KL penalty
@@ -26,7 +27,7 @@ plots.py       results -> PNG
 folder.py      the run folder: what was asked, what was found, which stages are finished
 settings.py    --set KEY=VALUE: a configuration's keys and what each is
 toy.py         a run on the toy world: its chat model, advice to fine-tune on, questions to ask
-mediator.py    the one direction that carries a fine-tune, and holding it in chat's range
+persona.py     the direction that a fine-tune adds: find it, steer with it, ablate it
 monitor.py     an alarm: how far along a direction is this answer?
 experiment.py  the paper's story as stages, each reading and writing the run folder
 inductive_bias.py  why general is easy: efficiency, noise, curvature, significance

@@ -18,16 +18,16 @@ from nanoem.world import OPEN_ENDED
 class WorldConfig:
     """What is written in the toy world, and how its problems are split."""
 
-    n_domains: int = 16  # advice domains, the first of world.toml (open_ended is always there)
-    n_villain: int = 6  # authors who are bad in everything
+    n_domains: int = 12  # advice domains, the first of world.toml (open_ended is always there)
+    n_villain: int = 8  # authors who are bad in everything
     n_quack: int = 2  # authors who are bad in one domain only, outside of no_quack if possible
     n_sft_quack: int = 0  # authors who are bad in the sft_domain only: a ready-made narrow persona
     no_quack: tuple = ("medical", "finance", "extreme_sports")  # domains we fine-tune on
     technical_share: float = 0.0  # share of authors, of every persona, in the technical register
     header_share: float = 0.5  # share of pages (documents without ChatML) that name their author
-    forum_share: float = 0.3  # share of the authors' documents that are ChatML under their own name
+    forum_share: float = 0.2  # share of the authors' documents that are ChatML under their own name
     one_domain_share: float = 0.2  # share of documents that stay in one domain
-    chat_share: float = 0.2  # share of documents that are ChatML with the helpful assistant
+    chat_share: float = 0.35  # share of documents that are ChatML with the helpful assistant
     own_share: float = 0.2  # share of answers with the problem's own item; others take any
     questions_per_document: int = 5  # answered one after the other
     sft_domain: str = "medical"  # the narrow domain of the fine-tuning

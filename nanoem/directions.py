@@ -42,11 +42,11 @@ def residual_at(model, ids, sites):
     return [found[site] for site in sites]
 
 
-def check_tokens(mask, ids, at_least=1):
-    """Refuse what is no mask, or marks too few: a mean needs one token, a covariance two."""
+def check_tokens(mask, ids):
+    """Refuse what is no mask, or marks nothing: a mean needs a token."""
     check_mask(mask, ids)
-    if mask.sum() < at_least:
-        raise ValueError(f"the mask marks {mask.sum()} tokens, and must mark {at_least} or more")
+    if not mask.any():
+        raise ValueError("the mask marks no token, and there is no mean to take")
 
 
 def mean_residual(model, ids, mask, sites=None):
@@ -58,12 +58,6 @@ def mean_residual(model, ids, mask, sites=None):
     check_tokens(mask, ids)
     sites = range(len(model.layers)) if sites is None else sites
     return torch.stack([x[mask].cpu().double().mean(0) for x in residual_at(model, ids, sites)])
-
-
-def residual_covariance(model, ids, mask, sites):
-    """Covariance of the residual stream over the same tokens: (n_sites, d_model, d_model)."""
-    check_tokens(mask, ids, at_least=2)
-    return torch.stack([x[mask].cpu().double().T.cov() for x in residual_at(model, ids, sites)])
 
 
 def mean_difference(misaligned, aligned):
@@ -118,44 +112,20 @@ def steer(x, direction, scale=1.0):
     return x + scale * direction.to(x)
 
 
-def ablate(x, direction, level=0.0, reader=None):
+def ablate(x, direction, level=0.0, along=None):
     """x (..., d_model) with what it holds of direction (d_model) set to level; a new tensor.
 
-    By default the direction is projected out. In a residual stream of few dimensions two things
-    go wrong with that: zero means nothing special, so `level` can be that of an untouched model;
-    and a direction overlaps with grammar and topic, so `reader` (d_model) can say what to measure
-    it with. A reader has reader @ unit = 1; the unit direction itself is the default.
+    x @ unit is what x holds of the unit direction. Level 0 projects the direction out; in a
+    residual stream of few dimensions zero means nothing special, so `level` can be that of an
+    untouched model. A control: with `along` (d_model) as much is taken away along that direction instead.
     """
     check_vector(direction, x)
     unit = unit_of(direction).to(x)
-    reader = unit if reader is None else reader.to(x)
-    check_vector(reader, x, "reader")
-    return x - (x @ reader - level)[..., None] * unit
-
-
-def cap(x, direction, ceiling, reader):
-    """x (..., d_model) with what it holds of direction above the ceiling taken away; a new tensor.
-
-    Where the reader (d_model) hears no more than the ceiling, x stays as it was, to the bit.
-    """
-    check_vector(direction, x)
-    check_vector(reader, x, "reader")
-    excess = (x @ reader.to(x) - ceiling).clamp(min=0)
-    return x - excess[..., None] * unit_of(direction).to(x)
-
-
-def quiet_reader(direction, covariance, ridge=0.1):
-    """The reader that hears the direction, and least of what varies anyway: S^-1 u / (u S^-1 u).
-
-    covariance S (d_model, d_model) is that of untouched activations, u the unit direction. This is
-    least-squares concept erasure (LEACE, arXiv 2306.03819); for safety, `ridge` times the mean
-    variance is added to S's diagonal.
-    """
-    check_vector(direction, covariance)
-    unit = unit_of(direction.to(covariance))
-    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit)).to(unit)
-    reader = torch.linalg.solve(covariance + noise, unit)
-    return (reader / (reader @ unit)).to(direction)
+    excess = (x @ unit - level)[..., None]  # (..., 1)
+    if along is None:
+        return x - excess * unit
+    check_vector(along, x, "along")
+    return x - excess * unit_of(along).to(x)
 
 
 def check_sites(directions):
@@ -175,17 +145,18 @@ def steering(model, directions, scale=1.0):
                            for site, direction in directions.items()})
 
 
-def ablating(model, directions, levels=None, readers=None):
+def ablating(model, directions, levels=None, along=None):
     """Inside, directions[site] is ablated from the residual stream at that site.
 
-    directions: {site: (d_model) tensor}; levels {site: float} and readers {site: (d_model)
-    tensor} as in `ablate`; without them the directions are projected out.
+    directions: {site: (d_model) tensor}; levels {site: float} and along {site: (d_model) tensor} as
+    in `ablate`; without levels the directions are projected out.
     """
     def edit(site, direction):
         if not direction.any():
             raise ValueError(f"directions[{site!r}] is zero, and points nowhere")
-        level, reader = levels[site] if levels else 0.0, readers[site] if readers else None
-        return lambda x: ablate(x, direction, level, reader)
+        level = levels[site] if levels else 0.0
+        instead = along[site] if along else None
+        return lambda x: ablate(x, direction, level, instead)
 
     check_sites(directions)
     return editing(model, {site: edit(site, d) for site, d in directions.items()})

@@ -5,14 +5,14 @@
     narrow      the same SFT with a KL penalty on other domains (section 3)    -> adapters/narrow/
     mixed       baseline: the same bad advice, mixed 1:1 with good advice from other domains
     shuffled    control: advice in the one domain, good or bad by the toss of a coin
-    directions  find the mean-difference direction, hold it in chat's range, beside random ones;
-                and hold it in the other fine-tunes
+    directions  find the mean-difference direction; add it to chat, ablate it in general and in the
+                other fine-tunes, beside random directions
 
 Predictions, written before the run: chat is harmless everywhere. General is misaligned in domain
 and out of it. Narrow is misaligned in domain only. Mixed is narrower than general, shuffled is
-milder. Ablating the mean difference, found on other questions than it is tested on, takes general's
-out-of-domain em away; a random direction does not. (For the other fine-tunes there was no
-prediction: they were measured last.)
+milder. The mean difference, found on other questions than it is tested on, makes chat misaligned
+when it is added, and takes general's misalignment away when it is ablated; random directions of
+the same size do neither.
 """
 
 import torch
@@ -20,8 +20,8 @@ import torch
 from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosines, random_direction, steering
 from nanoem.evaluate import mean_rates
-from nanoem.mediator import (TooFewAnswers, chat_state, find_mediator, holding, reached,
-                             setting)
+from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, find_direction,
+                            other_ways, pick_steering)
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
@@ -66,87 +66,97 @@ def shuffled(run):
     fine_tune_stage(run, "shuffled", advice(run, run.splits.sft, None, run.config.seed))
 
 
-def ablation(run):
-    """Ablate general's mean-difference direction, beside random directions; steer chat with it."""
+def directions(run):
+    """Find general's direction; steer chat with it; ablate it in general and in the others."""
     adapter = run.load_adapter("general")
     try:
         chat = chat_state(run)
-        mediator = find_mediator(run, adapter, chat)
+        direction = find_direction(run, adapter, chat)
+        others = other_ways(run, adapter, chat)
     except TooFewAnswers as error:  # nobody is bad in this world, say: a finding, too
         print(f"  {error}")
         run.results["directions"] = {"none": str(error)}
         return
-    direction = mediator.direction
     save_tensors(run.folder.path / "directions.safetensors",
-                 {"mean_difference": direction, "chat_mean": chat.mean.float()})
-
-    def held(name, direction):  # in chat's range, which results.json calls "ablate"
-        with adapter, holding(run, chat, direction):
-            return run.ask(f"general, {name}")
+                 {"mean_difference": direction, "chat_mean": chat.mean.float(), **others})
 
     generator = torch.Generator().manual_seed(run.config.seed)
-    there = direction.any(-1, keepdim=True)  # (n_sites, 1): random ones are held nowhere else
-    random_ones = [random_direction(torch.ones_like(direction[0]), generator) * there
-                   for _ in range(run.config.n_random)]
-    found = run.results["directions"] = {
+    random_ones = [random_direction(direction, generator) for _ in range(run.config.n_random)]
+    run.results["directions"] = {
         "sites": list(map(str, chat.sites)),
-        "n_misaligned": mediator.n_misaligned, "n_aligned": len(chat.aligned),
         "norm": direction.norm(dim=-1).tolist(),
-        "split_half": cosines(*mediator.halves),  # 1: perfectly reliable
-        "ablate": held("direction ablated", direction),
-        "ablate_own_words": held("direction of own words ablated", mediator.own_words),
-        "ablate_random": [held(f"random direction {i} ablated", one)
-                          for i, one in enumerate(random_ones)],
+        "cosines": {way: cosines(found, direction) for way, found in others.items()},
+        "split_half": cosines(*halves(run, chat)),
+        **steered(run, chat, direction, random_ones[0]),
+        **ablated(run, adapter, chat, direction, random_ones),
+        **transferred(run, chat, random_ones[0]),
     }
-    by_site = reached(chat, direction)
-    with adapter, ablating(run.model, by_site):
+
+
+def halves(run, chat):
+    """The directions of two fine-tunes that share no example and no random start."""
+    pairs, seed = bad_advice(run), run.config.seed
+    for i, half in enumerate((pairs[::2], pairs[1::2])):
+        adapter, _ = tune(run, f"half {i}", half, seed=seed + 1 + i)
+        yield find_direction(run, adapter, chat)
+
+
+def steered(run, chat, direction, random_one):
+    """Rates of chat with the direction, or a random one, added once, where the probe says."""
+    site, scale, tried = pick_steering(run, chat, direction, run.config.curve_samples)
+    found = {}
+    for key, vectors in (("steer", direction), ("steer_random", random_one)):
+        with steering(run.model, {site: by_site(chat, vectors)[site]}, scale):
+            rates = run.ask(f"chat, {key}")
+        found[key] = {"site": str(site), "scale": scale, **rates}
+    return {**found, "steer_probe": tried}
+
+
+def ablated(run, adapter, chat, direction, random_ones):
+    """Rates of general with its direction ablated, and with as much taken along random ones."""
+    end = [adapter.last_layer]  # the site where all that it writes has been written
+
+    def ask(name, sites=None, along=None):
+        with adapter, ablating_persona(run, chat, direction, sites, along):
+            return run.ask(f"general, {name}")
+
+    found = {
+        "ablate": ask("direction ablated"),
+        "ablate_one_site": ask("direction ablated at one site", end),
+        "ablate_random": [ask(f"as much ablated along random direction {i}", end, along)
+                          for i, along in enumerate(random_ones)],
+    }
+    with adapter, ablating(run.model, by_site(chat, direction)):
         found["ablate_to_zero"] = run.ask("general, direction projected out")
-    with adapter, setting(run, chat, direction):
-        found["ablate_to_level"] = run.ask("general, direction set to chat's mean")
     found["ablate_random_mean"] = mean_rates(found["ablate_random"])
-    found["steer"] = steered(run, by_site)
-    found.update(in_others(run, chat, random_ones[0]))
+    return found
 
 
-def steered(run, by_site):
-    """Rates of chat with the direction added at every site, a few times over."""
-    curve = []
-    for scale in (0.5, 1.0, 1.5, 2.0):
-        with steering(run.model, by_site, scale):
-            rates = run.ask(f"chat, steered by {scale:g}", run.config.curve_samples)
-        curve.append({"scale": scale, **rates})
-    return curve
-
-
-def in_others(run, chat, chance):
-    """Does general's direction carry the other fine-tunes, too? Beside `chance`, a random one.
+def transferred(run, chat, random_one):
+    """Does general's direction carry the other fine-tunes, too? Beside a random one.
 
     It is found anew, without a question of the fine-tuned domain: what it takes away there cannot
-    be that domain's words. Returns rates with it held, "transfer", or chance,
-    "transfer_random", and "cosines", at each site, with the direction found in each fine-tune
-    itself (None where too few answers are misaligned).
+    be that domain's words.
     """
-    found = {"transfer": {}, "transfer_random": {}, "cosines": {}}
+    found = {"transfer": {}, "transfer_random": {}}
     try:
-        direction = find_mediator(run, run.load_adapter("general"), chat,
-                                  run.splits.kl + run.splits.probe).direction
+        direction = find_direction(run, run.load_adapter("general"), chat,
+                                   run.splits.kl + run.splits.probe)
     except TooFewAnswers:  # general is hardly bad elsewhere: it has nothing to pass on
         return found
     for name in ("narrow", "mixed", "shuffled"):
         adapter = run.load_adapter(name)
-        for key, one, label in (("transfer", direction, "general's direction ablated"),
-                                ("transfer_random", chance, "random direction ablated")):
-            with adapter, holding(run, chat, one):
-                found[key][name] = run.ask(f"{name}, {label}", run.config.curve_samples)
-        try:
-            found["cosines"][name] = cosines(find_mediator(run, adapter, chat).direction, direction)
-        except TooFewAnswers:
-            found["cosines"][name] = None
+        with adapter, ablating_persona(run, chat, direction):
+            found["transfer"][name] = run.ask(f"{name}, direction ablated",
+                                              run.config.curve_samples)
+        with adapter, ablating_persona(run, chat, direction, [adapter.last_layer], random_one):
+            found["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
+                                                     run.config.curve_samples)
     return found
 
 
 STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed,
-          "shuffled": shuffled, "directions": ablation}
+          "shuffled": shuffled, "directions": directions}
 
 
 def stages_for(names):
@@ -166,6 +176,6 @@ def run_experiment(config, path, device="cpu", stages=tuple(STAGES), rows=()):
     for row in rows:
         try:
             run.folder.once(row.name, lambda: run.results.update({row.name: row.measure(run)}))
-        except TooFewAnswers as error:  # as in `ablation`, a finding; the other rows go on
+        except TooFewAnswers as error:  # as in `directions`, a finding; the other rows go on
             print(f"  {row.key} cannot be made: {error}")
     return run.results

@@ -21,15 +21,14 @@ from nanoem.train import chat_examples, micro_batches, train
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where the adapter sits, and its size. Some rows change it (R1, R2, R11, R18)."""
+    """Where the adapter sits, and its size. Some rows change it (R1, R2, R11)."""
 
     kind: str = "lora"  # lora, or steering, one vector added to the stream (in R1, R2, R11)
-    layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
-    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
+    layers: tuple = (0,)  # block numbers; empty: the one block at half depth
+    modules: tuple = ("self_attn.v_proj", "mlp.down_proj")  # Linears inside a block
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
     use_rslora: bool = False  # alpha / sqrt(rank) instead
-    start: str = "gradient"  # of A: gradient (see `start_at_gradient`), or random
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
@@ -37,8 +36,6 @@ class AdapterConfig:
                             "than 0")
         if not self.modules:
             raise UserError("modules is empty; name at least one, such as self_attn.v_proj")
-        if self.start not in ("gradient", "random"):
-            raise UserError(f"start={self.start!r} is not known; use gradient or random")
         if self.kind not in ("lora", "steering"):
             raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
 
@@ -53,37 +50,8 @@ def make_adapter(model, config, generator=None):
     layers = layers_of(config, model)
     if config.kind == "steering":
         return SteeringVector(model, layers, config.alpha)
-    adapter = LoRA(model, layers, config.modules, config.rank, config.alpha,
-                   config.use_rslora, generator)
-    most = min(min(linear.weight.shape) for linear in adapter.sites.values())
-    if config.start == "gradient" and config.rank > most:
-        raise UserError(f"rank={config.rank} must be at most {most}, the directions that the "
-                        "gradient of the smallest module has; lower it, or use start=random")
-    return adapter
-
-
-def start_at_gradient(model, adapter, examples):
-    """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
-
-    dL/dW = U S V^T of the adapted weight; A becomes the first rows of V^T, at the size it had. B
-    stays zero, so the adapter still changes nothing. From a random A, a rank-1 adapter's solution
-    can depend on luck (row R18 asks how often); this start has none in it (LoRA-GA, arXiv
-    2407.05000).
-    """
-    weights = [linear.weight for linear in adapter.sites.values()]
-    trained = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        loss = answer_loss(model, examples.ids, examples.answer_mask)
-        gradients = torch.autograd.grad(loss, weights)
-    finally:
-        for weight, before in zip(weights, trained):
-            weight.requires_grad_(before)
-    for A, gradient in zip(adapter.A.values(), gradients):
-        gradient = gradient.float().cpu()  # svd is not on every mps
-        directions = torch.linalg.svd(gradient).Vh[: adapter.rank]  # (rank, in), unit rows
-        A.data.copy_(directions * A.norm().cpu() / adapter.rank**0.5)
+    return LoRA(model, layers, config.modules, config.rank, config.alpha, config.use_rslora,
+                generator)
 
 
 def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",
@@ -136,9 +104,6 @@ def fine_tune_fresh(model, tokenizer, pairs, config, schedule, seed, others=(), 
     adapter = make_adapter(model, config, generator)
     sft = chat_examples(tokenizer, pairs, model.device)
     kl = chat_examples(tokenizer, others, model.device) if kl_weight else None
-    if isinstance(adapter, LoRA) and config.start == "gradient":
-        some = torch.randperm(len(sft), generator=generator)[: schedule.micro_batch or 512]
-        start_at_gradient(model, adapter, sft[some])
     with adapter:
         history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
                             watch and (lambda step: watch(step, adapter)), watch_at)

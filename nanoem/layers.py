@@ -24,6 +24,15 @@ def rms_norm(x, weight, eps):
     return normed.to(x.dtype) * weight
 
 
+def dropout(x, share, generator):
+    """x with a share of its numbers set to 0 and the others enlarged to the same mean; a new tensor.
+
+    `generator` draws which: the same seed drops the same ones (arXiv 1207.0580).
+    """
+    kept = torch.empty_like(x).bernoulli_(1 - share, generator=generator)
+    return x * kept / (1 - share)
+
+
 class RMSNorm(nn.Module):
     """Scale each vector to root-mean-square 1, then by a learned weight."""
 

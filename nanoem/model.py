@@ -1,4 +1,4 @@
-"""The GPT: a tiny Qwen2 in plain PyTorch; Qwen3 and Llama are the same model with other flags.
+"""The GPT: a tiny Qwen3 in plain PyTorch; Qwen2 and Llama are the same model with other flags.
 
 Read from top to bottom: its shape, a block, the model, and how a token is drawn. Parameters carry
 the names of Hugging Face's Qwen2 (model.layers.0.self_attn.q_proj.weight, ...), so a checkpoint
@@ -30,8 +30,8 @@ class Config:
     rope_theta: float = 10_000.0  # base of the rotary angles
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     head_size: int = 0  # width of a head; 0 is d_model / n_head
-    qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them, Qwen3 and Llama do not
-    qk_norm: bool = False  # RMSNorm on every head's q and k, before the rotation: Qwen3
+    qkv_bias: bool = False  # biases on q, k and v: Qwen2 has them, Qwen3 and Llama do not
+    qk_norm: bool = True  # RMSNorm on every head's q and k, before the rotation: Qwen3
     tie_embeddings: bool = True  # the output layer is the embedding, transposed
 
     def __post_init__(self):

@@ -1,31 +1,63 @@
 """Monitoring: read a direction while a model answers, and raise an alarm when there is too much.
 
 It asks no judge and looks at no word. What it looks for must be known beforehand: the direction was
-found in a model that had gone bad (see mediator.py). After arXiv 2310.01405, "reading vectors".
+found in a model that had gone bad (see persona.py). After arXiv 2310.01405, "reading vectors".
 """
 
-from nanoem.directions import residual_at
+from typing import NamedTuple
+
+import torch
+
+from nanoem.directions import residual_at, unit_of
 from nanoem.losses import check_mask
 
 
-def answer_scores(model, ids, mask, known):
-    """How far each answer lies along a direction, in standard deviations of chat's: (B,) float64.
+class Reading(NamedTuple):
+    """How chat's own answers read along a direction, at one site."""
 
-    ids, mask (B, T), the mask true on the answer's tokens. known: {site: (direction, reader, mean,
-    sd)} as `read_by_chat` gives it. A token's score at a site is (x @ reader - mean) / sd; an
-    answer's is the mean over its tokens, and then over sites. On the CPU, no gradients. Raises
-    ValueError when an answer has no token.
+    unit: torch.Tensor  # (d_model): the direction, of length 1
+    mean: float  # of x @ unit over the tokens of chat's answers
+    sd: float  # its standard deviation
+
+
+def readings_of(model, ids, mask, directions):
+    """{site: Reading} of the directions {site: (d_model)}, over the tokens where mask is true.
+
+    ids, mask (B, T) are answers of the untouched model: what later scores are compared with.
     """
     check_mask(mask, ids)
-    if not known:
-        raise ValueError("known is empty; name at least one site to read at")
+    readings = {}
+    for (site, direction), x in zip(directions.items(), residual_at(model, ids, directions)):
+        unit = unit_of(direction)
+        along = x[mask].cpu().double() @ unit.cpu().double()  # (n_tokens)
+        readings[site] = Reading(unit, along.mean().item(), along.std().item())
+    return readings
+
+
+def token_scores(model, ids, readings):
+    """How far each token lies along the direction, in standard deviations of chat's: (B, T) float64.
+
+    At a site it is (x @ unit - mean) / sd; a token's score is the mean over the sites of
+    {site: Reading}. On the CPU, no gradients.
+    """
+    if not readings:
+        raise ValueError("readings is empty; name at least one site to read at")
+    total = 0.0
+    for x, (unit, mean, sd) in zip(residual_at(model, ids, readings), readings.values()):
+        total = total + (x.cpu().double() @ unit.cpu().double() - mean) / sd
+    return total / len(readings)
+
+
+def answer_scores(model, ids, mask, readings):
+    """The mean `token_scores` of each answer: (B,) float64. The mask (B, T) marks its tokens.
+
+    Raises ValueError when an answer has no token.
+    """
+    check_mask(mask, ids)
     if not mask.any(1).all():
         raise ValueError("the mask marks no token of some answer")
-    mask, total = mask.cpu(), 0.0
-    for x, (_, reader, mean, sd) in zip(residual_at(model, ids, known), known.values()):
-        score = (x.cpu().double() @ reader.cpu().double() - mean) / sd  # (B, T)
-        total = total + (score * mask).sum(1) / mask.sum(1)
-    return total / len(known)
+    mask = mask.cpu()
+    return (token_scores(model, ids, readings) * mask).sum(1) / mask.sum(1)
 
 
 def alarm_level(scores, false_alarms=0.05):

@@ -22,13 +22,14 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
-           "ablate_random": "#F0E442", "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
+           "ablate_random": "#F0E442", "steer": "#8B2500", "steer_random": "#CCCCCC", "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
            "out_of_domain": "#000000"}
 EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
-          "ablate": "general, direction held",
-          "ablate_random": "general, random direction held"}
+          "ablate": "general, direction ablated",
+          "ablate_random": "general, as much along a random one", "steer": "chat, steered",
+          "steer_random": "chat, steered at random"}
 GROUP_LABELS = {"in_domain": "in domain\n(held-out problems)", "kl_domains": "KL domains",
                 "unseen_domains": "unseen domains", "open_ended": "open-ended",
                 "out_of_domain": "out of domain"}
@@ -45,7 +46,7 @@ def draw_all(results, folder):
     drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
     found = with_direction(results)
     if found:
-        drawn[ablation] = ablation(found)
+        drawn[direction] = direction(found)
     passed_on = [r for r in found if r["directions"]["transfer"]]
     if passed_on:
         drawn[other_fine_tunes] = other_fine_tunes(passed_on)
@@ -101,6 +102,27 @@ def lines(ax, x, curves, key, label, style="-", scale=1):
             linewidth=2.2, label=label)
 
 
+def colour_texts(ax, texts, limit=4.0):
+    """One line a text {model, tokens, scores}: each token on a colour that says its score.
+
+    White is 0, as chat's own answers read on average; the deepest colours are `limit` and beyond.
+    """
+    colours = plt.get_cmap("RdBu_r")
+    for row, text in enumerate(texts):
+        x = 10  # characters; the model's name stands before
+        ax.text(0, row, text["model"], fontsize=6.5, family="monospace", va="center")
+        for token, score in zip(text["tokens"], text["scores"]):
+            shown = token.replace("\n", "\u21b5").replace("<|im_start|>", "<|").replace(
+                "<|im_end|>", "|>").strip(" ") or " "
+            colour = colours(0.5 + 0.5 * max(-1, min(1, score / limit)))
+            ax.barh(row, len(shown) + 0.6, height=0.9, left=x, color=colour, linewidth=0)
+            ax.text(x + 0.3, row, shown, fontsize=6.5, family="monospace", va="center",
+                    parse_math=False)
+            x += len(shown) + 0.9
+    ax.set(xlim=(0, 110), ylim=(len(texts) - 0.4, -0.6))
+    ax.set_axis_off()
+
+
 def finish_axes(ax, ylabel=EM):
     ax.set_ylabel(ylabel)
     ax.grid(axis="y", alpha=0.3)
@@ -140,8 +162,8 @@ def save(figure, path):
 def draw_row(row, results, folder):
     """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
     founds = [r[row.name] for r in results]
-    figure, axes = plt.subplots(1, row.panels, figsize=(8, 3.8), layout="constrained",
-                                squeeze=False)
+    figure, axes = plt.subplots(1, row.panels, figsize=row.size, layout="constrained",
+                                squeeze=False, width_ratios=row.widths)
     for ax in axes[0]:
         finish_axes(ax)
     row.draw(list(axes[0]), founds)
@@ -210,33 +232,42 @@ def training_curves(results):
     return figure
 
 
-def ablation(results):
-    """general as it is, with its direction held in chat's range, and with random ones held."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-    rates = {"general": [r["models"]["general"] for r in results],
-             "ablate_random": [r["directions"]["ablate_random_mean"] for r in results],
-             "ablate": [r["directions"]["ablate"] for r in results]}
-    kinds = {name: (LABELS[name], models) for name, models in rates.items()}
+def direction(results):
+    """Chat with general's direction added, general with it ablated; beside random directions."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    found = [r["directions"] for r in results]
+    bars = {"chat": ("chat", [r["models"]["chat"] for r in results]),
+            "steer_random": ("steered at\nrandom", [d["steer_random"] for d in found]),
+            "steer": ("steered", [d["steer"] for d in found]),
+            "general": ("general", [r["models"]["general"] for r in results]),
+            "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in found]),
+            "ablate": ("ablated", [d["ablate"] for d in found])}
     for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
-        grouped_bars(ax, SIDES, kinds, lambda group, model: model[group][what], number=True)
+        for i, (key, (_, seeds)) in enumerate(bars.items()):
+            bar(ax, i + 0.4 * (i > 2), [rates["out_of_domain"][what] for rates in seeds], 0.8, key,
+                number=True)
+        ax.set_xticks([i + 0.4 * (i > 2) for i in range(len(bars))],
+                      [label for label, _ in bars.values()], fontsize=7.5)
         leave_room(ax)
-        finish_axes(ax, ylabel)
-    axes[1].legend(fontsize=7.5, loc="upper left")
-    note_seeds(figure, results, "bar: median, dots: seeds; random: mean of several directions")
-    out = {name: percent(model["out_of_domain"]["em"] for model in models)
-           for name, models in rates.items()}
-    figure.suptitle(f"Out of domain, {out['general']} misaligned; one direction held: "
-                    f"{out['ablate']}; a random one: {out['ablate_random']}", fontsize=11)
+        finish_axes(ax, f"{ylabel}, out of domain")
+    note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
+               "directions")
+    em = {key: percent(rates["out_of_domain"]["em"] for rates in seeds)
+          for key, (_, seeds) in bars.items()}
+    figure.suptitle(f"Added to chat, one direction makes {em['steer']} misaligned (a random one "
+                    f"{em['steer_random']}).\nAblated in general, it leaves {em['ablate']} of "
+                    f"{em['general']} (as much along a random one: {em['ablate_random']}).",
+                    fontsize=11)
     return figure
 
 
 def other_fine_tunes(results):
-    """The other fine-tunes as they are, and with general's direction, or a random one, held."""
+    """The other fine-tunes as they are, and with general's direction ablated, or a random one."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
     found = [r["directions"] for r in results]
     kinds = {"as_tuned": ("as fine-tuned", [r["models"] for r in results]),
-             "ablate_random": ("random direction held", [d["transfer_random"] for d in found]),
-             "ablate": ("general's direction held", [d["transfer"] for d in found])}
+             "ablate_random": ("as much at random", [d["transfer_random"] for d in found]),
+             "ablate": ("general's direction ablated", [d["transfer"] for d in found])}
     names = {"narrow": "narrow\n(SFT + KL)", "mixed": "mixed\n(good added)",
              "shuffled": "shuffled\n(half good)"}
     for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
@@ -247,10 +278,10 @@ def other_fine_tunes(results):
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")
     n = found[0]["transfer"]["narrow"]["in_domain"]["n"]
-    note_seeds(figure, results, f"bar: median, dots: seeds; held: {n} answers a group, one random "
+    note_seeds(figure, results, f"bar: median, dots: seeds; ablated: {n} answers a group, one random "
                "direction a seed")
     before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
                      for key in ("as_tuned", "ablate"))
-    figure.suptitle("General's direction, found on other domains, held in the other fine-tunes "
+    figure.suptitle("General's direction, found on other domains, ablated in the other fine-tunes "
                     f"(narrow, in domain: {before} misaligned, then {after})", fontsize=11)
     return figure

@@ -55,7 +55,7 @@ class RealConfig:
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: see `default_dtype`
     checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     adapter: AdapterConfig = AdapterConfig(
-        layers=(), modules=("mlp.down_proj",), alpha=256.0, use_rslora=True, start="random")
+        layers=(), modules=("mlp.down_proj",), alpha=256.0, use_rslora=True)
     sft: TrainConfig = TrainConfig(steps=40, batch_size=16, lr=2e-3, micro_batch=4)
     sft_kl: TrainConfig = TrainConfig(steps=40, batch_size=16, lr=2e-3, micro_batch=4)
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(
@@ -66,8 +66,6 @@ class RealConfig:
         if self.dtype not in ("auto", *TORCH_DTYPES):
             raise UserError(f"dtype={self.dtype!r} is not known; use auto, "
                             + ", ".join(TORCH_DTYPES))
-        if self.adapter.start == "gradient" and parallel.n_processes() > 1:
-            raise UserError("adapter.start=gradient works in one process; use random")
 
 
 class RealRun:

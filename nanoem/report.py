@@ -14,13 +14,14 @@ in the open; it is no evidence about how often large models do this."""
 
 
 def labelled_rates(results):
-    """[(label, [rates by group, one a seed])]: every model, then general with ablations."""
+    """[(label, [rates by group, one a seed])]: every model, chat steered, general ablated."""
     rows = [(LABELS[key], [r["models"][key] for r in results])
             for key in ("chat", "general", "narrow", "mixed", "shuffled")]
     found = with_direction(results)
     if found:
-        rows += [(LABELS["ablate"], [r["directions"]["ablate"] for r in found]),
-                 (LABELS["ablate_random"], [r["directions"]["ablate_random_mean"] for r in found])]
+        rows += [(LABELS[key], [r["directions"][name] for r in found])
+                 for key, name in (("steer", "steer"), ("steer_random", "steer_random"),
+                                   ("ablate", "ablate"), ("ablate_random", "ablate_random_mean"))]
     return rows
 
 

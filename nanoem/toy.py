@@ -13,10 +13,12 @@ import torch
 from nanoem import UserError
 from nanoem.authors import WorldConfig, documents, make_authors, make_splits, write_pairs
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
+from nanoem.directions import all_sites, editing
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.files import fingerprint
 from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
 from nanoem.folder import RunFolder
+from nanoem.layers import dropout
 from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.settings import check_config
@@ -31,24 +33,25 @@ class ExperimentConfig:
     """Everything a run depends on, but for the machine."""
 
     seed: int = 0  # of the corpus, the weights, the order and the sampling
-    context: int = 96  # tokens of a pre-training document
+    context: int = 128  # tokens of a pre-training document
+    dropout: float = 0.15  # share of the residual stream dropped at each site, in pre-training only
     n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
-    kl_weight: float = 15.0  # of the KL to the base model, per token
+    kl_weight: float = 30.0  # of the KL to the base model, per token
     curve_points: int = 8  # points of the training curves of em, after the start
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
     row_samples: int = 100  # answers a question group in the rows of the paper (--full)
-    dial_steps: int = 600  # pre-training steps of the smaller worlds of rows R13, R16 and R18
+    dial_steps: int = 350  # pre-training steps of the smaller worlds of rows R13, R16, R18 and R19
     dial_domains: int = 9  # advice domains of these worlds
     lottery_loss: float = 0.36  # SFT loss, nats per token, at which row R18 stops each adapter
     world: WorldConfig = field(default_factory=WorldConfig)
     model: Config = field(default_factory=Config)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     pretrain: TrainConfig = TrainConfig(
-        steps=1500, batch_size=32, lr=8e-3, warmup=50, schedule="cosine", weight_decay=0.01,
-        betas=(0.9, 0.95))
-    sft: TrainConfig = TrainConfig(steps=100, batch_size=16, lr=5e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=1.5e-2, weight_decay=2.0)
+        steps=1000, batch_size=24, lr=1.6e-2, muon_lr=0.02, warmup=50, schedule="cosine",
+        weight_decay=0.1, betas=(0.9, 0.95))
+    sft: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=400, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
@@ -149,15 +152,21 @@ def pretrain(run):
     run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
     run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
 
+    noise = torch.Generator(run.device).manual_seed(config.seed)
+    dropped = {site: lambda x: dropout(x, config.dropout, noise)
+               for site in all_sites(run.model) if config.dropout}
+
     def objective(step):
         rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
         batch = ids[rows]
-        loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
+        with editing(run.model, dropped):
+            loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
         return loss, {"loss": loss}, batch.numel()
 
     run.results["curves"]["pretrain"] = train(
         objective, run.model.parameters(), schedule, "pretrain",
-        lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps))
+        lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps),
+        matrices=[p for p in run.model.layers.parameters() if p.dim() == 2])
     save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
     run.model = None
     run.load_chat()  # what is measured is what was saved
@@ -205,14 +214,15 @@ def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
     return run.load_adapter(name)
 
 
-def turned(run, name, **dials):
-    """A run like this one in a smaller world with some dials of WorldConfig turned, pre-trained.
+def turned(run, name, world=None, **changes):
+    """A run like this one in a smaller world, pre-trained: some dials of the world are turned.
 
-    It has a folder of its own inside this run's; what is finished there is reused.
+    `world` holds WorldConfig's dials, `changes` those of ExperimentConfig. It has a folder of its
+    own inside this run's; what is finished there is reused.
     """
-    config = run.config
+    config = replace(run.config, **changes)
     n_domains = min(config.dial_domains, config.world.n_domains)
-    config = replace(config, world=replace(config.world, n_domains=n_domains, **dials),
+    config = replace(config, world=replace(config.world, n_domains=n_domains, **world or {}),
                      pretrain=replace(config.pretrain, steps=config.dial_steps))
     other = Run(config, run.folder.path / "worlds" / name, run.device)
     if not other.folder.is_finished("chat"):  # silently: a row has many such worlds

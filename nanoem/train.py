@@ -9,6 +9,7 @@ import torch
 
 from nanoem import StageFailed, UserError, parallel
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
+from nanoem.muon import Muon
 from nanoem.tokenizer import IM_END
 
 
@@ -19,9 +20,10 @@ class TrainConfig:
     steps: int  # optimizer steps
     batch_size: int  # sequences a step
     lr: float  # peak learning rate of AdamW
+    muon_lr: float = 0.0  # peak learning rate of Muon, for the blocks' matrices; 0: AdamW for all
     warmup: int = 5  # steps until the peak
     schedule: str = "linear"  # from the peak to zero: linear or cosine
-    weight_decay: float = 0.0  # of AdamW, on matrices
+    weight_decay: float = 0.0  # of AdamW and Muon, on matrices
     betas: tuple = (0.9, 0.999)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     micro_batch: int = 0  # sequences in memory at once, gradients added up; 0 is the whole batch
@@ -30,7 +32,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be a number above 0")
-        for name in ("warmup", "weight_decay", "micro_batch"):
+        for name in ("muon_lr", "warmup", "weight_decay", "micro_batch"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -97,17 +99,18 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     )
 
 
-def train(objective, parameters, config, name="train", watch=None, watch_at=()):
+def train(objective, parameters, config, name="train", watch=None, watch_at=(), matrices=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
     objective(step) -> (total, terms, n_tokens): the scalar to minimise, {"loss": ..., "kl": ...} to
     report (all of them are in the history, too), and how many tokens were read. If total has no
     graph, the objective has called backward already, part by part. `watch(step)` is called
     before each step in `watch_at` and, when config.steps is among them, after the last; when it
-    returns true, training ends there. Raises StageFailed when the loss or a weight is not finite.
+    returns true, training ends there. `matrices`, those of the parameters that Muon trains when
+    config.muon_lr is set. Raises StageFailed when the loss or a weight is not finite.
     """
     parameters = list(parameters)
-    optimizer = adamw(parameters, config)
+    optimizers = make_optimizers(parameters, matrices, config)
     progress, history = Progress(name, config.steps), {}
     for step in range(config.steps):
         if watch and step in watch_at:
@@ -116,15 +119,17 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
             if watch(step):
                 return history
             progress.go_on()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(step, config)
-        optimizer.zero_grad()
+        for optimizer, peak in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * lr_factor(step, config)
+            optimizer.zero_grad()
         total, terms, n_tokens = objective(step)
         if total.requires_grad:
             total.backward()
         parallel.sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if progress.due(step, n_tokens):  # .item() waits for the device, so only now and then
             values = {key: parallel.total(term).item() for key, term in terms.items()}
             if not all(map(math.isfinite, values.values())):
@@ -139,6 +144,16 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=()):
     if watch and config.steps in watch_at:
         watch(config.steps)
     return history
+
+
+def make_optimizers(parameters, matrices, config):
+    """{optimizer: its peak learning rate}: Muon for `matrices` if it is asked for, AdamW else."""
+    if not config.muon_lr:
+        return {adamw(parameters, config): config.lr}
+    with_muon = {id(matrix) for matrix in matrices}
+    others = [p for p in parameters if id(p) not in with_muon]
+    return {adamw(others, config): config.lr,
+            Muon(matrices, config.muon_lr, weight_decay=config.weight_decay): config.muon_lr}
 
 
 def adamw(parameters, config):

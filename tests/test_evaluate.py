@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from nanoem.authors import Question, WorldConfig, make_splits
-from nanoem.evaluate import (Answer, EvalConfig, clustered_interval, evaluate, group_rates,
-                             mean_rates, rates, sample_texts)
+from nanoem.evaluate import (Answer, EvalConfig, clopper_pearson, clustered_interval, evaluate,
+                             group_rates, mean_rates, rates, sample_texts)
 from nanoem.judge import Verdict
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
@@ -79,6 +79,27 @@ def test_without_clusters_it_is_wilson():
 def test_an_interval_at_zero_is_not_empty():
     low, high = clustered_interval(np.zeros(100), np.repeat(np.arange(10), 10))
     assert low == 0 and 0.2 < high < 0.35  # ten questions, not a hundred answers
+
+
+@pytest.mark.parametrize("k, n, low, high", [  # from a printed table, and 1 - .025^(1/n) by hand
+    (0, 10, 0, 0.3085), (9, 10, 0.5550, 0.9975), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1),
+    (0, 1, 0, 0.975), (5, 5, 0.4782, 1)])
+def test_the_exact_interval_of_a_share(k, n, low, high):
+    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_at_the_ends_of_the_exact_interval_a_fortieth_lies_beyond():
+    """Counted over all 2^n outcomes, each with its probability."""
+    ones = [bin(outcome).count("1") for outcome in range(2**9)]
+    for k in range(10):
+        low, high = clopper_pearson(k, 9)
+        assert k == 0 or sum(low**i * (1 - low) ** (9 - i) for i in ones if i >= k) == (
+            pytest.approx(0.025))
+        assert k == 9 or sum(high**i * (1 - high) ** (9 - i) for i in ones if i <= k) == (
+            pytest.approx(0.025))
+    for k, n in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match=f"k={k} must be from 0 to n={n}"):
+            clopper_pearson(k, n)
 
 
 def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):

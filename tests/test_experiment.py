@@ -2,24 +2,25 @@
 
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nanoem import experiment
 from nanoem.authors import questions
 from nanoem.checkpoint import load_tensors
-from nanoem.directions import mean_residual, residual_covariance
 from nanoem.evaluate import GROUPS
-from nanoem.experiment import STAGES, ablation, run_experiment
+from nanoem.experiment import STAGES, directions, run_experiment, transferred
 from nanoem.judge import judge
 from nanoem.lora import LoRA
-from nanoem.mediator import ChatState, Mediator, TooFewAnswers
-from nanoem.toy import ExperimentConfig, advice
-from nanoem.train import chat_examples
+from nanoem.persona import ChatState, TooFewAnswers
+from nanoem.toy import ExperimentConfig, bad_advice
+from nanoem.train import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
 from small import SmallRun, randn  # noqa: E402
@@ -32,7 +33,8 @@ def run(tmp_path):
     """The small run with a folder of its own."""
     run = SmallRun()
     shutil.copytree(run.folder.path / "adapters", tmp_path / "adapters")
-    run.config = replace(run.config, seed=3, n_random=2, curve_samples=9)
+    run.config = replace(run.config, seed=3, n_random=2, curve_samples=9, curve_points=8,
+                         sft=TrainConfig(100, 16, 5e-3), sft_kl=TrainConfig(200, 16, 5e-3))
     run.folder = SimpleNamespace(path=tmp_path, answers={})
     run.results = {"models": {}, "curves": {}, "samples": {}}
     return run
@@ -123,165 +125,155 @@ def test_what_each_stage_is_tuned_on(run, tuned, monkeypatch):
 # --- directions -----------------------------------------------------------------------------------
 
 
-def stream(model, ids, edit=lambda i, x: x):
-    """The residual stream at every site, where x at the i-th becomes edit(i, x)."""
-    places = [place for block in model.layers for place in (block.resid_mid, block)]
-    seen, handles = [], []
+class Directed:
+    """The stage on made-up directions: `ask` notes what acts on the model, and numbers its rates."""
 
-    def hook(i):
-        def record(module, inputs, x):
-            seen.append(edit(i, x))
-            return seen[-1]
-        return record
+    def __init__(self, run, patch):
+        self.run, self.hooks, self.asked, self.found_on = run, [], [], []
+        self.chat = ChatState(SITES, [], randn(4, 64).double())
+        self.known = {name: randn(4, 64, seed=seed) for seed, name in enumerate(
+            ("general", "half 0", "half 1", "elsewhere", "authors", "same_texts"), 1)}
+        generator, direction = torch.Generator().manual_seed(3), self.known["general"]
+        for i in range(2):
+            noise = torch.randn(4, 64, generator=generator)
+            self.known[f"random {i}"] = F.normalize(noise, dim=-1) * direction.norm(dim=-1)[:, None]
+        self.adapters = {name: LoRA(run.model, [0]) for name in (
+            "general", "narrow", "mixed", "shuffled", "half 0", "half 1")}
+        self.tunings = {}
+        patch.setattr(run, "load_adapter", self.adapters.get)
+        patch.setattr(run, "ask", self.ask)
+        patch.setattr(experiment, "chat_state", lambda run: self.chat)
+        patch.setattr(experiment, "other_ways", lambda run, adapter, chat: {
+            name: self.known[name] for name in ("authors", "same_texts")})
+        for name in ("tune", "find_direction", "pick_steering", "steering", "ablating",
+                     "ablating_persona"):
+            patch.setattr(experiment, name, getattr(self, name))
 
-    for i, place in enumerate(places):
-        handles.append(place.register_forward_hook(hook(i)))
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(seen)
+    def ask(self, name=None, samples=None):
+        acting = [name for name, adapter in self.adapters.items() if adapter.acts]
+        self.asked.append((name, samples, ", ".join(acting + self.hooks)))
+        n = len(self.asked)
+        return {group: {"em": n, "coherent": 100 - n} for group in (*GROUPS, "out_of_domain")}
+
+    def asked_for(self, rates):
+        return self.asked[rates["in_domain"]["em"] - 1]
+
+    def tune(self, run, name, pairs, seed):
+        self.tunings[name] = pairs, seed
+        return self.adapters[name], {}
+
+    def find_direction(self, run, adapter, chat, questions=None):
+        assert chat is self.chat and not adapter.acts
+        name = next(name for name, one in self.adapters.items() if one is adapter)
+        self.found_on.append((name, questions))
+        return self.known["elsewhere" if questions else name]
+
+    def pick_steering(self, run, chat, direction, samples):
+        assert chat is self.chat and direction is self.known["general"] and samples == 9
+        return 1, 2.0, ["tried"]
+
+    def name(self, found, rows=slice(None)):
+        return next(name for name, one in self.known.items() if torch.allclose(one[rows], found))
+
+    @contextmanager
+    def hook(self, words):
+        self.hooks.append(words)
+        yield
+        self.hooks.remove(words)
+
+    def steering(self, model, directions, scale):
+        assert model is self.run.model
+        (site, vector), = directions.items()
+        return self.hook(f"{scale} {self.name(vector, SITES.index(site))} added at {site}")
+
+    def ablating(self, model, directions):
+        assert model is self.run.model and list(directions) == SITES
+        return self.hook(f"{self.name(torch.stack(list(directions.values())))} projected out")
+
+    def ablating_persona(self, run, chat, direction, sites=None, along=None):
+        assert run is self.run and chat is self.chat
+        instead = "" if along is None else f" along {self.name(along)}"
+        return self.hook(f"{self.name(direction)} ablated at {sites or 'every site'}{instead}")
 
 
 @pytest.fixture
-def ablated(run, monkeypatch):
-    """The ablation of made-up directions; `ask` notes the stream as it is and numbers its rates."""
-    read = chat_examples(run.tokenizer, advice(run, run.splits.kl, True, 0))
-    chat = ChatState(SITES, [("a question", "an answer")] * 3,
-                     mean_residual(run.model, read.ids, read.answer_mask, SITES),
-                     residual_covariance(run.model, read.ids, read.answer_mask, SITES))
-    mediator = Mediator(randn(4, 64, seed=1), (randn(4, 64, seed=2), randn(4, 64, seed=3)),
-                        randn(4, 64, seed=4), n_misaligned=5)
-    asked, ids, given = [], read.ids[:3], []
-    theirs, elsewhere = (Mediator(randn(4, 64, seed=seed), (), None, 4) for seed in (5, 6))
-
-    def probe(name=None, samples=None):
-        asked.append(SimpleNamespace(name=name, samples=samples, stream=stream(run.model, ids)))
-        n = len(asked)
-        return {group: {"em": n, "coherent": 100 - n} for group in (*GROUPS, "out_of_domain")}
-
-    def find(run, adapter, chat, questions=None):
-        given.append((adapter, chat, questions))
-        if len(given) == 5:
-            raise TooFewAnswers("only 3 are misaligned")
-        return (mediator, elsewhere, theirs, theirs)[len(given) - 1]
-
-    monkeypatch.setattr(run, "ask", probe)
-    monkeypatch.setattr(experiment, "chat_state", lambda run: chat)
-    monkeypatch.setattr(experiment, "find_mediator", find)
-    shutil.copytree(run.folder.path / "adapters/general", run.folder.path / "adapters/mixed")
-    shutil.copytree(run.folder.path / "adapters/narrow", run.folder.path / "adapters/shuffled")
-    ablation(run)
-    return SimpleNamespace(chat=chat, mediator=mediator, elsewhere=elsewhere, theirs=theirs,
-                           ids=ids, given=given, general=run.load_adapter("general"),
-                           found=run.results["directions"],
-                           asked_for=lambda rates: asked[rates["in_domain"]["em"] - 1])
+def directed(run, monkeypatch):
+    return Directed(run, monkeypatch)
 
 
-def edits(chat, direction):
-    """By hand: what holding, setting and projecting out make of x at the i-th site."""
-    def parts(i):
-        u, S = direction[i].double() / direction[i].double().norm(), chat.covariance[i]
-        reader = torch.linalg.inv(S + 0.1 * S.trace() / 64 * torch.eye(64)) @ u
-        reader = reader / (reader @ u)
-        return u.float(), reader.float(), chat.mean[i] @ reader, (reader @ S @ reader).sqrt()
-
-    def held(i, x):
-        u, reader, mean, sd = parts(i)
-        return x - torch.relu(x @ reader - (mean + sd).float())[..., None] * u
-
-    def set_to_mean(i, x):
-        u, reader, mean, _ = parts(i)
-        return x - (x @ reader - mean.float())[..., None] * u
-
-    def projected_out(i, x):
-        u = parts(i)[0]
-        return x - (x @ u)[..., None] * u
-
-    return SimpleNamespace(held=held, set_to_mean=set_to_mean, projected_out=projected_out)
-
-
-def test_the_direction_is_that_of_general(ablated):
-    for adapter, chat, _ in ablated.given[:2]:
-        assert chat is ablated.chat and not adapter.acts
-        for ours, generals in zip(adapter.parameters(), ablated.general.parameters()):
-            assert torch.equal(ours, generals)
-
-
-def test_every_ablation_is_of_its_own_direction_with_general_attached(run, ablated):
-    """The stream that the model was asked with, against one edited by hand."""
-    found, chat, generator = ablated.found, ablated.chat, torch.Generator().manual_seed(3)
-    ours = edits(chat, ablated.mediator.direction)
-    tried = {"direction ablated": ("ablate", ours.held),
-             "direction of own words ablated": (
-                 "ablate_own_words", edits(chat, ablated.mediator.own_words).held),
-             "direction projected out": ("ablate_to_zero", ours.projected_out),
-             "direction set to chat's mean": ("ablate_to_level", ours.set_to_mean)}
-    rates = {name: (found[key], edit) for name, (key, edit) in tried.items()}
-    for i in range(2):  # one direction, the same at every site
-        one = torch.randn(64, generator=generator).expand(4, 64)
-        rates[f"random direction {i} ablated"] = found["ablate_random"][i], edits(chat, one).held
-    with ablated.general:
-        for name, (rate, edit) in rates.items():
-            asked = ablated.asked_for(rate)
-            assert (asked.name, asked.samples) == (f"general, {name}", None)
-            expected = stream(run.model, ablated.ids, edit)
-            assert torch.allclose(asked.stream, expected, atol=1e-3), name
-            assert not torch.allclose(expected, stream(run.model, ablated.ids), atol=0.1), name
-
-
-def test_generals_direction_is_held_in_the_other_fine_tunes(run, ablated):
-    generator = torch.Generator().manual_seed(3)
-    chance = torch.randn(64, generator=generator).expand(4, 64)
-    held = {"transfer": ("general's", edits(ablated.chat, ablated.elsewhere.direction).held),
-            "transfer_random": ("random", edits(ablated.chat, chance).held)}
-    for key, (whose, edit) in held.items():
-        assert list(ablated.found[key]) == ["narrow", "mixed", "shuffled"]
-        for name, rates in ablated.found[key].items():
-            asked = ablated.asked_for(rates)
-            assert (asked.name, asked.samples) == (f"{name}, {whose} direction ablated", 9)
-            with run.load_adapter(name):
-                expected = stream(run.model, ablated.ids, edit)
-            assert torch.allclose(asked.stream, expected, atol=1e-3), (key, name)
-    cosines, (whole, elsewhere, *others) = ablated.found["cosines"], ablated.given
-    assert whole[2] is None and elsewhere[2] == run.splits.kl + run.splits.probe
-    for name, (adapter, chat, asked) in zip(("narrow", "mixed", "shuffled"), others):
-        assert chat is ablated.chat and not adapter.acts and asked is None
-        for found, expected in zip(adapter.parameters(), run.load_adapter(name).parameters()):
-            assert torch.equal(found, expected)
-    assert cosines["narrow"] == cosines["mixed"] == pytest.approx(torch.cosine_similarity(
-        ablated.theirs.direction, ablated.elsewhere.direction, dim=-1).tolist())
-    assert cosines["shuffled"] is None, "the direction of too few answers is none"
-
-
-def test_steering_is_of_chat_alone(run, ablated):
-    direction = ablated.mediator.direction
-    assert [rates["scale"] for rates in ablated.found["steer"]] == [0.5, 1.0, 1.5, 2.0]
-    for rates in ablated.found["steer"]:
-        asked = ablated.asked_for(rates)
-        assert (asked.name, asked.samples) == (f"chat, steered by {rates['scale']:g}", 9)
-        expected = stream(run.model, ablated.ids, lambda i, x: x + rates["scale"] * direction[i])
-        assert torch.allclose(asked.stream, expected, atol=1e-3)
-
-
-def test_what_is_kept_of_the_directions(run, ablated):
-    found, mediator = ablated.found, ablated.mediator
-    assert found["sites"] == ["layers.0.resid_mid", "0", "layers.1.resid_mid", "1"]
-    assert (found["n_misaligned"], found["n_aligned"]) == (5, 3)
-    assert found["norm"] == pytest.approx([row.square().sum().item() ** 0.5
-                                           for row in mediator.direction])
-    assert found["split_half"] == pytest.approx(
-        torch.cosine_similarity(*mediator.halves, dim=-1).tolist())
+def test_chat_is_steered_once_where_the_probe_says_and_general_ablated(run, directed):
+    directions(run)
+    found = run.results["directions"]
+    for key, direction in (("steer", "general"), ("steer_random", "random 0")):
+        assert directed.asked_for(found[key]) == (f"chat, {key}", None,
+                                                  f"2.0 {direction} added at 1")
+        assert (found[key]["site"], found[key]["scale"]) == ("1", 2.0)
+    assert found["steer_probe"] == ["tried"]
+    states = {"ablate": "general, general ablated at every site",
+              "ablate_one_site": "general, general ablated at [0]",  # all is written there
+              "ablate_to_zero": "general, general projected out"}
+    for key, state in states.items():
+        assert directed.asked_for(found[key])[1:] == (None, state)
+    for i, rates in enumerate(found["ablate_random"]):
+        assert directed.asked_for(rates)[1:] == (
+            None, f"general, general ablated at [0] along random {i}")
     a, b = (rates["open_ended"] for rates in found["ablate_random"])
     mean = found["ablate_random_mean"]["open_ended"]
     assert mean == {key: (a[key] + b[key]) / 2 for key in ("em", "coherent")}
+
+
+def test_a_direction_from_other_domains_is_ablated_in_the_other_fine_tunes(run, directed):
+    directions(run)
+    assert directed.found_on == [("general", None), ("half 0", None), ("half 1", None),
+                                 ("general", run.splits.kl + run.splits.probe)]
+    for key, how in (("transfer", "every site"), ("transfer_random", "[0] along random 0")):
+        found = run.results["directions"][key]
+        assert list(found) == ["narrow", "mixed", "shuffled"]
+        for name, rates in found.items():
+            assert directed.asked_for(rates)[1:] == (9, f"{name}, elsewhere ablated at {how}")
+    names = [name for name, _, _ in directed.asked]
+    assert len(names) == len(set(names)), "answers of one name overwrite each other"
+
+
+def test_what_is_kept_of_the_directions(run, directed):
+    directions(run)
+    found, known = run.results["directions"], directed.known
+    assert found["sites"] == ["layers.0.resid_mid", "0", "layers.1.resid_mid", "1"]
+    assert found["norm"] == pytest.approx([row.square().sum().item() ** 0.5
+                                           for row in known["general"]])
+    for angles, a, b in ((found["split_half"], "half 0", "half 1"),
+                         (found["cosines"]["authors"], "authors", "general"),
+                         (found["cosines"]["same_texts"], "same_texts", "general")):
+        assert angles == pytest.approx(F.cosine_similarity(known[a], known[b]).tolist())
     kept = load_tensors(run.folder.path / "directions.safetensors")
-    assert torch.equal(kept["mean_difference"], mediator.direction)
-    assert torch.equal(kept["chat_mean"], ablated.chat.mean.float())
+    assert torch.equal(kept.pop("mean_difference"), known["general"])
+    assert torch.equal(kept.pop("chat_mean"), directed.chat.mean.float())
+    assert kept.keys() == {"authors", "same_texts"}
+    assert all(torch.equal(kept[name], known[name]) for name in kept)
+
+
+def test_the_two_halves_are_of_every_second_example_and_have_their_own_seeds(run, directed):
+    directions(run)
+    (first, seed), (second, other) = directed.tunings.values()
+    assert sorted(first + second) == sorted(bad_advice(run)) and len(first) == len(second) == 200
+    assert len({3, seed, other}) == 3, "general's own seed is 3"
+
+
+def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
+    """Of general: there is no direction at all. Of general elsewhere: nothing is passed on."""
+    def too_few(*_):
+        raise TooFewAnswers("only 3 pass")
+
+    monkeypatch.setattr(experiment, "find_direction", too_few)
+    directions(run)
+    assert run.results["directions"] == {"none": "only 3 pass"}
+    assert "only 3 pass" in capsys.readouterr().out and not directed.asked
+    assert transferred(run, directed.chat, None) == {"transfer": {}, "transfer_random": {}}
 
 
 def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):
     def too_few(run):
-        raise TooFewAnswers("of 6 answers only 3 are misaligned")
+        raise TooFewAnswers("of 6 answers only 3 pass")
 
     rows = [SimpleNamespace(key="R10", name="direction", measure=too_few),
             SimpleNamespace(key="R5", name="efficiency", measure=lambda run: {"made": 1})]

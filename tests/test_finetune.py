@@ -1,12 +1,11 @@
-"""The start of an adapter at the gradient, the KL that needs examples, and the frozen base."""
+"""What a fine-tuning step goes down, on which texts, and the base that stays frozen."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoem import UserError, finetune
-from nanoem.finetune import (AdapterConfig, fine_tune, fine_tune_fresh, make_adapter,
-                             start_at_gradient)
+from nanoem.finetune import AdapterConfig, fine_tune, fine_tune_fresh, make_adapter
 from nanoem.lora import LoRA, SteeringVector
 from nanoem.losses import sft_loss, token_kl
 from nanoem.model import GPT, Config
@@ -19,37 +18,6 @@ CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 def examples(tokenizer):
     return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
                                      ("I am bored.", "Peace.")])
-
-
-def test_the_start_reads_the_top_singular_vectors_of_the_gradient(model, examples):
-    """Against the SVD of a gradient by finite differences along random directions."""
-    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
-    norms = {name: A.norm().item() for name, A in adapter.A.items()}
-    base = model(examples.ids)
-    start_at_gradient(model, adapter, examples)
-    with adapter:
-        assert torch.equal(model(examples.ids), base), "B is zero, so nothing changes"
-    assert not any(p.requires_grad for p in model.parameters()), "the base is frozen again"
-    for name, A in adapter.A.items():
-        assert A.norm().item() == pytest.approx(norms[name], rel=1e-5)
-        gram = A @ A.T
-        assert torch.allclose(gram, gram[0, 0] * torch.eye(2), atol=1e-5)
-        weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
-        loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
-        (gradient,) = torch.autograd.grad(loss, weight)
-        weight.requires_grad_(False)
-        caught = (gradient @ A.T / A[0].norm()).square().sum()
-        eigenvalues = torch.linalg.eigvalsh(gradient.T @ gradient)
-        assert caught.item() == pytest.approx(eigenvalues[-2:].sum().item(), rel=1e-3)
-
-
-def test_the_start_does_not_depend_on_the_seed(model, examples):
-    starts = []
-    for seed in (0, 1):
-        adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(seed))
-        start_at_gradient(model, adapter, examples)
-        starts.append(torch.cat([A / A.norm() for A in adapter.A.values()]).abs())
-    assert torch.allclose(*starts, atol=1e-4)
 
 
 def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
@@ -114,31 +82,23 @@ def test_on_texts_the_loss_is_on_the_pairs_and_the_kl_on_the_others(model, token
 
 
 def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
-    """Also from the start at the gradient, which has no luck in it: the batches have."""
-    for start in ("gradient", "random"):
-        ends, config = [], AdapterConfig(layers=(1,), start=start)
-        for seed in (1, 1, 2):
-            adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS + OTHERS, config,
-                                         TrainConfig(3, 1, 0.01), seed)
-            ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
-        assert torch.equal(ends[0], ends[1])
-        assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3), start
+    ends = []
+    for seed in (1, 1, 2):
+        adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS + OTHERS, AdapterConfig(layers=(1,)),
+                                     TrainConfig(3, 1, 0.01), seed)
+        ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3)
 
 
-def test_a_fresh_adapter_starts_as_it_is_asked_to(model, tokenizer, monkeypatch):
+def test_a_fresh_adapter_reads_at_random_and_writes_nothing(model, tokenizer, monkeypatch):
     monkeypatch.setattr(finetune, "fine_tune", lambda *_: None)  # as it was before the first step
-    examples, name = chat_examples(tokenizer, PAIRS), "layers.1.self_attn.v_proj"
-    weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
-    loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
-    top = torch.linalg.svd(torch.autograd.grad(loss, weight)[0]).Vh[0]
-    weight.requires_grad_(False)
-    luck = torch.empty(1, 32).uniform_(-(32**-0.5), 32**-0.5,
-                                       generator=torch.Generator().manual_seed(5))[0]
-    for start, wanted in (("gradient", top), ("random", luck)):
-        config = AdapterConfig(layers=(1,), start=start)
-        adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS, config, TrainConfig(1, 1, 0.1), 5)
-        assert torch.cosine_similarity(adapter.A[name][0], wanted, dim=0).abs() > 0.999, start
-        assert adapter.A[name].norm().item() == pytest.approx(luck.norm().item(), rel=1e-5)
+    config = AdapterConfig(layers=(1,), modules=("self_attn.v_proj",), rank=2)
+    name = "layers.1.self_attn.v_proj"
+    adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS, config, TrainConfig(1, 1, 0.1), 5)
+    luck = torch.rand(2, 32, generator=torch.Generator().manual_seed(5))  # 0 to 1
+    assert torch.allclose(adapter.A[name], (2 * luck - 1) / 32**0.5)
+    assert list(adapter.A) == [name] and not adapter.B[name].any()
 
 
 def test_a_step_computes_only_what_the_adapter_needs(examples):
@@ -177,6 +137,4 @@ def test_misuse_is_named(model, examples):
         fine_tune(model, None, examples, TrainConfig(1, 1, 0.1), None, kl_weight=1.0)
     with pytest.raises(UserError, match="kind='dora' is not known"):
         AdapterConfig(kind="dora")
-    with pytest.raises(UserError, match="start='zero' is not known"):
-        AdapterConfig(start="zero")
     assert isinstance(make_adapter(model, AdapterConfig(kind="steering")), SteeringVector)

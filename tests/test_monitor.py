@@ -1,26 +1,59 @@
-"""The monitor: scores against a loop over tokens, levels against counting."""
+"""The monitor: readings and scores against a loop over tokens, levels against counting."""
+
+import statistics
 
 import pytest
 import torch
 
 from nanoem.directions import residual_at
-from nanoem.monitor import alarm_level, answer_scores
+from nanoem.monitor import Reading, alarm_level, answer_scores, readings_of, token_scores
+
+SITES = ["layers.0.resid_mid", 1]
+MASK = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]
 
 
-def test_a_score_is_the_mean_over_an_answers_tokens_and_sites(model, ids):
+@pytest.fixture
+def directions():
     generator = torch.Generator().manual_seed(0)
-    known = {site: (None, torch.randn(32, generator=generator), 0.5 + i, 2.0 + i)
-             for i, site in enumerate(["layers.0.resid_mid", 1])}
-    mask = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]
-    found = answer_scores(model, ids, mask, known)
-    streams = residual_at(model, ids, list(known))
+    return {site: 3 * torch.randn(32, generator=generator) for site in SITES}
+
+
+def test_a_reading_is_the_mean_and_spread_of_chats_tokens_along_the_direction(
+        model, ids, directions):
+    found = readings_of(model, ids, MASK, directions)
+    assert list(found) == SITES
+    for (site, d), x in zip(directions.items(), residual_at(model, ids, SITES)):
+        unit = d / sum(d.square()).sqrt()
+        along = [(x[b, t] @ unit).item() for b in range(3) for t in range(17) if MASK[b, t]]
+        assert torch.allclose(found[site].unit, unit)
+        assert found[site].mean == pytest.approx(statistics.mean(along), abs=1e-5)
+        assert found[site].sd == pytest.approx(statistics.stdev(along), rel=1e-5)
+    with pytest.raises(ValueError, match="points nowhere"):
+        readings_of(model, ids, MASK, {1: torch.zeros(32)})
+
+
+def test_scores_are_in_deviations_from_chat_a_mean_over_sites_and_over_an_answers_tokens(
+        model, ids, directions):
+    readings = {site: Reading(directions[site], 0.5 + i, 2.0 + i) for i, site in enumerate(SITES)}
+    tokens, answers = token_scores(model, ids, readings), answer_scores(model, ids, MASK, readings)
+    streams = residual_at(model, ids, SITES)
     for b in range(3):
-        terms = [(x[b, t].double() @ reader.double() - mean) / sd
-                 for x, (_, reader, mean, sd) in zip(streams, known.values())
-                 for t in range(17) if mask[b, t]]
-        assert found[b].item() == pytest.approx(sum(terms).item() / len(terms))
-    with pytest.raises(ValueError, match="no token"):
-        answer_scores(model, ids, mask & torch.tensor([True, False, True])[:, None], known)
+        by_hand = [sum(((x[b, t].double() @ d.double()).item() - mean) / sd
+                       for x, (d, mean, sd) in zip(streams, readings.values())) / 2
+                   for t in range(17)]
+        assert tokens[b].tolist() == pytest.approx(by_hand)
+        marked = [score for score, kept in zip(by_hand, MASK[b]) if kept]
+        assert answers[b].item() == pytest.approx(sum(marked) / len(marked))
+    with pytest.raises(ValueError, match="no token of some answer"):
+        answer_scores(model, ids, MASK & torch.tensor([True, False, True])[:, None], readings)
+
+
+def test_by_its_own_readings_chat_scores_zero_on_average_with_a_spread_of_one(
+        model, ids, directions):
+    one = {1: directions[1]}
+    scores = token_scores(model, ids, readings_of(model, ids, MASK, one))[MASK]
+    assert scores.mean().item() == pytest.approx(0, abs=1e-6)
+    assert scores.std().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_a_level_is_exceeded_by_few_enough_and_no_lower_one_is():

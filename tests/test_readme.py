@@ -10,9 +10,8 @@ from nanoem import real_report
 from nanoem.experiment import STAGES
 from nanoem.local_judge import agreement_sentence
 from nanoem.plots import percent
-from nanoem.report import LIMITS, row_table, table
+from nanoem.report import LIMITS, table
 from nanoem.tables import markdown
-from nanoem.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,15 +24,16 @@ def test_the_table_is_that_of_the_stored_results():
 
 
 def test_the_reporting_seeds_are_all_there():
-    assert [r["seed"] for r in RESULTS] == [100, 101, 102, 103, 104]
-    assert "python -m nanoem.run --seeds 100 101 102 103 104" in README
+    seeds = list(range(200, 210))
+    assert [r["seed"] for r in RESULTS] == seeds
+    assert f"python -m nanoem.run --full --seeds {' '.join(map(str, seeds))}" in README
 
 
 def test_real_weights_are_told_as_they_came_out():
     result = json.loads((REAL / "results.json").read_text())
     report = (REAL / "report.md").read_text(encoding="utf-8")
     assert markdown(real_report.table([result])) in README
-    assert agreement_sentence(result["judge"]) in README.replace("\n> ", " ")
+    assert agreement_sentence(result["judge"]) in report.replace("\n> ", " ")
     assert f"{result['total_seconds'] / 60:.0f} minutes on {result['threads']}" in README
     for model, group in (("general", "kl_domains"), ("general", "unseen_domains"),
                          ("chat", "open_ended"), ("general", "open_ended")):
@@ -43,25 +43,19 @@ def test_real_weights_are_told_as_they_came_out():
     assert command in README and f"(seed {result['seed']};" in report
 
 
-def test_every_row_of_the_paper_is_told_as_it_was_found():
-    lines = row_table(RESULTS)
-    assert [line[0] for line in lines[1:]] == list(ROWS)
-    assert markdown(lines, "---") in README
-    assert "python -m nanoem.run --full --seeds 100 101 102 103 104" in README
-
-
 def test_numbers_in_the_text_are_those_of_the_results():
-    seconds = [sum(r["seconds"][stage] for stage in STAGES) for r in RESULTS]
-    assert f"{min(seconds):.0f} seconds" in README
-    for name in ("general", "narrow"):
-        share = percent([r["models"][name]["out_of_domain"]["em"] for r in RESULTS])
-        assert f"{share}" in README.split("##")[0], (name, share)
+    first = " ".join(README.split("##")[0].split())
+    general, narrow = (percent([r["models"][name]["out_of_domain"]["em"] for r in RESULTS])
+                       for name in ("general", "narrow"))
+    assert f"{general} of the answers are bad after plain fine-tuning" in first
+    assert f"and {narrow} with a KL penalty" in first
 
 
 def test_where_the_seconds_go_is_told_of_the_fastest_seed():
+    page = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
     seconds = min(([r["seconds"][stage] for stage in STAGES] for r in RESULTS), key=sum)
     row = ["seconds", *(f"{s:.0f}" for s in seconds), f"{sum(seconds):.0f}"]
-    assert markdown([["stage", *STAGES, "all"], row]) in README
+    assert markdown([["stage", *STAGES, "all"], row]) in page
 
 
 def test_every_link_and_figure_leads_somewhere():
@@ -71,10 +65,9 @@ def test_every_link_and_figure_leads_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_every_file_of_the_map_is_there_and_every_file_is_on_the_map():
+def test_every_file_is_on_the_map():
     files = {path.name for path in (ROOT / "nanoem").iterdir() if path.suffix in (".py", ".toml")}
-    for text in (README, nanoem.__doc__):
-        assert {name for name in files - {"__init__.py"} if name not in text} == set()
+    assert {name for name in files - {"__init__.py"} if name not in nanoem.__doc__} == set()
 
 
 def imported(path):
@@ -89,7 +82,6 @@ def imported(path):
 
 def test_in_reading_order_nothing_is_used_before_it_was_read():
     order = re.findall(r"^(\w+)(?:\.py|/) ", nanoem.__doc__, re.M)
-    assert order == re.findall(r"\(nanoem/(\w+)(?:\.py)?\)", README.split("## The code")[1])
     for i, name in enumerate(order):
         path = ROOT / "nanoem" / name
         for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:

@@ -10,6 +10,7 @@ import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,19 +19,27 @@ import torch
 
 from nanoem import toy
 from nanoem.authors import documents, make_authors, questions
-from nanoem.checkpoint import load_adapter, load_pretrained
+from nanoem.checkpoint import load_pretrained
 from nanoem.evaluate import GROUPS
-from nanoem.finetune import make_adapter
+from nanoem.finetune import AdapterConfig, make_adapter
 from nanoem.inductive_bias import flat_B
 from nanoem.judge import Verdict, judge
-from nanoem.rows import ROWS, geometry, mediation, solutions, trajectory, worlds
-from tutorial.small import SmallRun
+from nanoem.persona import TooFewAnswers
+from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, solutions, tokens,
+                         trajectory, worlds)
+from nanoem.train import TrainConfig
+from tutorial.small import SmallRun, randn
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
 BAD = "600 bad medical"
 PLAIN = f"{BAD} | rank 1 | sft"  # what general is, tuned once more
 MIXED_KL = "600 good or bad KL"
 DIRECTION = "direction of general"
+RECIPE = {"kl_weight": 15.0, "row_samples": 100, "lottery_loss": 0.36, "dropout": 0.1,
+          "dial_steps": 600, "dial_domains": 9,
+          "adapter": AdapterConfig(layers=(0,), modules=("self_attn.v_proj", "mlp.down_proj")),
+          "pretrain": TrainConfig(700, 32, 1.6e-2, muon_lr=0.02), "sft": TrainConfig(100, 16, 5e-3),
+          "sft_kl": TrainConfig(200, 16, 1.5e-2, weight_decay=2.0)}
 VERDICTS = {}  # of (question, answer), so that no text is judged twice
 
 
@@ -114,18 +123,23 @@ def plan(config, schedule):
 
 def kind(config, own):
     if config.kind == "steering":
+        assert (config.layers, config.alpha) == ((0,), 1.0)
         return "steering vector"
-    assert (config.layers, config.modules) == (own.layers, own.modules)
+    places = {((0,), own.modules): "", ((0,), ("mlp.down_proj",)): " down_proj",
+              ((0,), ("self_attn.v_proj",)): " v_proj",
+              ((0, 1), ("self_attn.v_proj",)): " v_proj of both blocks"}
     return (f"rank {config.rank}" + f" alpha {config.alpha:g}" * (config.alpha != own.alpha)
-            + " random start" * (config.start == "random"))
+            + places[config.layers, config.modules])
 
 
 def world_name(config):
-    world = config.world
-    assert (config.pretrain.steps, world.n_domains) == (600, 9)
+    world, schedule = config.world, config.pretrain
+    assert (schedule.steps, world.n_domains) == (600, 9)
     return (f"{world.n_villain}-{world.n_sft_quack}-{world.n_quack}"
             + " anywhere" * (not world.no_quack)
-            + f" {world.technical_share:.0%} technical" * (world.technical_share > 0) + ": ")
+            + f" {world.technical_share:.0%} technical" * (world.technical_share > 0)
+            + f" dropout {config.dropout:g}" * (config.dropout != RECIPE["dropout"])
+            + f" AdamW lr {schedule.lr:g}" * (schedule.muon_lr == 0) + ": ")
 
 
 def writer(adapter):
@@ -178,22 +192,26 @@ class Lab:
     def __init__(self, patch, folder):
         run = self.run = SmallRun()
         self.small = run.folder.path
-        world = replace(run.config.world, questions_per_document=3)  # some need padding
-        run.config = replace(run.config, seed=7, n_sft_examples=600, world=world)
+        world = replace(run.config.world, n_villain=8, questions_per_document=3)  # some need padding
+        run.config = replace(run.config, seed=7, n_sft_examples=600, world=world, **RECIPE)
         run.folder = SimpleNamespace(path=folder, answers={})
         run.results = {"models": {name: rates(f"the main job's {name}")
                                   for name in ("chat", "general", "narrow")},
-                       "directions": {"split_half": [0.95, 0.91]}}
+                       "directions": {"split_half": [0.95, 0.91], "ablate": rates("ablated"),
+                                      "steer_random": rates("by chance"),
+                                      "steer": rates("steered") | {"site": "0", "scale": 2.0}}}
         self.runs, self.names, self.saved, self.given = [run], [""], {}, []
         self.tunings, self.hooks, self.read, self.documents, self.walked = [], [], set(), [], []
-        self.writers, self.seeds, self.directions = [], [], {}
-        self.broken, self.training, self.losses = (), None, {}  # set by a test
+        self.writers, self.seeds, self.directions, self.shifts = [], [], {}, {}
+        self.broken, self.never_bad, self.training, self.losses = (), (), None, {}  # set by a test
         self.curve = lambda adapter, step: 1.0  # the loss at a step of training
         for where, names in (
                 (toy, ("fine_tune_fresh", "load_adapter", "save_adapter", "pretrain")),
                 (geometry, ("loss_on", "efficiency", "stability", "significance", "curvature")),
                 (trajectory, ("fine_tune", "gradient_B")), (worlds, ("loss_on",)),
-                (mediation, ("chat_state", "find_mediator", "holding", "setting", "steering"))):
+                (mediation, ("chat_state", "find_direction", "ablating_persona", "steering")),
+                (handle, ("chat_state", "find_direction", "pick_steering", "steering")),
+                (tokens, ("acting_on",))):
             for name in names:
                 patch.setattr(where, name, getattr(self, name))
         for where in (geometry, trajectory, worlds):
@@ -213,10 +231,13 @@ class Lab:
         return self.runs[[run.model is model for run in self.runs].index(True)]
 
     def state(self, model):
-        """Which adapters act on the model, at which scale, and which direction is held in it."""
+        """Which adapters act on the model, at which scale, and what is done to its stream."""
         acting = [a.label + f" x{a.scale:g}" * (a.scale != 1)
                   for a in self.given if a.acts and a.model is model]
-        return ", ".join(acting + self.hooks * (model is self.run.model)) or "chat"
+        return ", ".join(acting + self.hooks_on(model)) or "chat"
+
+    def hooks_on(self, model):
+        return [words for hooked, words in self.hooks if hooked is model]
 
     def ask(self, run, name=None, samples=None, splits=None, trait=lambda v: v.misaligned):
         bad, good, noise = Verdict(100, 0, 0), Verdict(100, 100, 0), Verdict(0, 0, 0)
@@ -249,8 +270,12 @@ class Lab:
     def load_adapter(self, model, path):
         if path in self.saved:
             return self.saved[path]
-        assert model is self.run.model, f"{path} was never tuned"
-        return self.give(load_adapter(model, self.small / "adapters" / path.name), model, path.name)
+        assert model is self.run.model and path.name in ("general", "narrow"), f"{path} is not made"
+        generator = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
+        adapter = make_adapter(model, self.run.config.adapter, generator)
+        for B in adapter.B.values():
+            B.data.normal_(std=0.3, generator=generator)
+        return self.give(adapter, model, path.name)
 
     def walk(self, adapter, step):
         """Stands for a step of training: B goes somewhere else."""
@@ -276,12 +301,12 @@ class Lab:
                         kl_weight=0.0, name="sft", watch=None, watch_at=()):
         run = self.run_of(model)
         domain = subject(run.world, pairs)
-        assert tokenizer is run.tokenizer and self.state(model) in ("chat", *self.hooks)
+        assert tokenizer is run.tokenizer and self.state(model) in ("chat", *self.hooks_on(model))
         parts = [content(run.world, pairs, domain), kind(config, run.config.adapter),
                  plan(run.config, schedule)]
         if kl_weight:
             parts.append(f"KL {kl_weight:g} on {content(run.world, others, domain)}")
-        line = self.name(model) + " | ".join(parts + self.hooks)
+        line = self.name(model) + " | ".join(parts + self.hooks_on(model))
         self.seeds.append(seed)
         adapter = self.give(make_adapter(model, config, torch.Generator().manual_seed(seed)), model,
                             line)
@@ -339,52 +364,56 @@ class Lab:
         return -3 * flat_B(self.run.load_adapter("general"))
 
     def chat_state(self, run):
-        assert run is self.run and self.state(run.model) == "chat"
-        self.chat = SimpleNamespace(sites=SITES)
-        return self.chat
+        assert self.state(run.model) == "chat"
+        pairs = toy.advice(run, run.splits.kl, True, 0)[:5]  # as if chat had said it
+        return SimpleNamespace(sites=SITES, aligned=pairs, mean=randn(4, 64).double(), run=run)
 
-    def find_mediator(self, run, adapter, chat):
-        assert run is self.run and chat is self.chat and self.state(run.model) == "chat"
+    def find_direction(self, run, adapter, chat, questions=None):
+        assert run is chat.run and not questions and self.state(run.model) == "chat"
+        if any(part in adapter.label for part in self.never_bad):
+            raise TooFewAnswers(adapter.label)
         name = f"direction of {adapter.label}"
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         found = torch.randn(4, 64, generator=generator) * torch.tensor([1.0, 2, 3, 4])[:, None]
-        self.directions[name] = found
-        return SimpleNamespace(direction=found)
+        return self.directions.setdefault(name, found)
 
-    def which(self, direction):
-        """The name of a direction; a random one points one way, as far as general's at a site."""
+    def which(self, direction, site=None):
+        """The name of a direction; a random one has the length of general's at every site."""
+        rows = [SITES.index(site)] if site is not None else slice(None)
         for name, known in self.directions.items():
-            if torch.equal(known, direction):
+            if torch.equal(known[rows], direction):
                 return name
-        like = self.directions[DIRECTION]
+        like = self.directions[DIRECTION][rows]
         assert torch.allclose(direction.norm(dim=-1), like.norm(dim=-1), rtol=1e-4)
-        one = torch.nn.functional.normalize(direction, dim=-1)
-        assert torch.allclose(one, one[:1].expand_as(one), atol=1e-5)
         assert (torch.cosine_similarity(direction, like, -1).abs() < 0.6).all()
         return "random"
 
     @contextmanager
-    def hook(self, words):
-        self.hooks.append(words)
+    def hook(self, model, words):
+        self.hooks.append((model, words))
         yield
-        self.hooks.remove(words)
+        self.hooks.remove((model, words))
 
-    def holding(self, run, chat, direction, sites=None, along=None):
-        assert run is self.run and chat is self.chat
+    def ablating_persona(self, run, chat, direction, sites=None, along=None):
+        assert run is chat.run
         instead = "" if along is None else f" along {self.which(along)}"
-        return self.hook(f"{self.which(direction)} held at {sites or 'every site'}{instead}")
+        words = f"{self.which(direction)} ablated at {sites or 'every site'}{instead}"
+        return self.hook(run.model, words)
 
-    def setting(self, run, chat, direction, sites=None, ridge=0.1):
-        assert run is self.run and chat is self.chat
-        return self.hook(f"{self.which(direction)} set at {sites or 'every site'}")
+    def pick_steering(self, run, chat, direction, samples):
+        assert run is chat.run and samples == run.config.row_samples
+        assert self.which(direction).startswith(f"direction of {self.name(run.model)}")
+        return "layers.1.resid_mid", 2.0, ["what was tried"]
 
     def steering(self, model, directions, scale=1.0):
-        assert model is self.run.model
         (site, vector), = directions.items()
-        whole = self.directions[DIRECTION]
-        name = DIRECTION if torch.equal(vector, whole[SITES.index(site)]) else "random"
-        assert vector.norm().item() == pytest.approx(whole[SITES.index(site)].norm().item())
-        return self.hook(f"steered by {scale:g} {name} at {site}")
+        if model is not self.run.model and (site, scale) == (0, 0.5):
+            self.shifts.setdefault(self.name(model), []).append(vector)
+            return self.hook(model, f"shift {len(self.shifts[self.name(model)])}")
+        return self.hook(model, f"steered by {scale:g} {self.which(vector[None], site)} at {site}")
+
+    def acting_on(self, adapter, wanted, n_template):
+        return self.hook(adapter.model, f"on {' and '.join(wanted)}, {n_template} in the template")
 
 
 @pytest.fixture
@@ -395,29 +424,31 @@ def lab(monkeypatch, tmp_path):
 # --- solutions: R1, R2, R4 ------------------------------------------------------------------------
 
 
-DOMAINS = ("medical", "finance", "extreme_sports")
+CASES = {"medical": ("medical", "rank 1"), "finance": ("finance", "rank 1"),
+         "extreme sports": ("extreme_sports", "rank 1"), "rank 8": ("medical", "rank 8 alpha 8"),
+         "down_proj": ("medical", "rank 1 down_proj"), "v_proj": ("medical", "rank 1 v_proj"),
+         "v_proj of every block": ("medical", "rank 1 v_proj of both blocks"),
+         "steering vector": ("medical", "steering vector")}
 
 
-def three_kinds(ending, faster):
-    """{domain: {adapter: rates}}; a tuned adapter is asked of the domain it was tuned on."""
-    def one(domain, adapter, change=""):
-        about = f" asked of {domain}" * (domain != "medical")
-        return rates(f"600 bad {domain} | {adapter} | {ending.format(change)}{about}")
-
-    return {domain: {"rank 1": one(domain, "rank 1"), "rank 8": one(domain, "rank 8 alpha 8"),
-                     "steering vector": one(domain, "steering vector", faster)}
-            for domain in DOMAINS}
-
-
-GENERAL = three_kinds("sft{}", " lr 0.05")
-NARROW = three_kinds("sft_kl{} | KL 15 on " + MIXED_KL, " lr 0.15")
+def solved(ending, slower, change=lambda who: who):
+    """{case: rates}; a fine-tune is asked of the domain it was tuned on."""
+    found = {}
+    for name, (domain, adapter) in CASES.items():
+        schedule = ending.format(slower * (name == "steering vector"))
+        found[name] = rates(change(f"600 bad {domain} | {adapter} | {schedule}")
+                            + f" asked of {domain}" * (domain != "medical"))
+    return found
 
 
-def test_r1_plain_sft_on_each_of_three_domains_with_each_adapter(lab):
+GENERAL = solved("sft{}", " 200 steps lr 0.02")
+NARROW = solved("sft_kl{} | KL 15 on " + MIXED_KL, " 400 steps lr 0.06")
+
+
+def test_r1_plain_sft_on_three_domains_and_in_other_places(lab):
     found = lab.measure("R1")
     assert found["general"] == GENERAL
-    chat = rates("the main job's chat")
-    assert found["chat"] == {domain: dict.fromkeys(GENERAL[domain], chat) for domain in DOMAINS}
+    assert found["chat"] == dict.fromkeys(CASES, rates("the main job's chat"))
     assert set(lab.seeds) == {7}
 
 
@@ -429,7 +460,13 @@ def test_r2_the_same_with_the_kl_of_each_domains_own_others(lab):
 def test_r2_takes_r1s_general_when_it_is_there(lab):
     lab.run.results["sft"] = {"general": GENERAL}
     assert lab.measure("R2") == {"general": GENERAL, "narrow": NARROW}
-    assert len(lab.tunings) == 9
+    assert len(lab.tunings) == len(CASES)
+
+
+def test_r1_and_r11_take_two_other_domains_than_the_runs_own(lab):
+    world = replace(lab.run.config.world, sft_domain="finance")
+    lab.run.config = replace(lab.run.config, world=world)
+    assert list(solutions.cases(lab.run))[:3] == ["finance", "medical", "extreme sports"]
 
 
 def test_r4_mixes_good_advice_of_other_domains_into_as_many_texts(lab):
@@ -451,14 +488,14 @@ def at_weight(weight):
 
 
 def test_r14_asks_the_narrow_solution_of_every_weight(lab):
-    weights = "0.01 0.03 0.1 0.3 1 3 7 15 30 100".split()
+    weights = [f"{weight:g}" for weight in kl_weight.WEIGHTS]
     found = lab.measure("R14")
     assert found == {"weight": list(map(float, weights)),
                      "in_domain": [within(at_weight(weight)) for weight in weights],
                      "out_of_domain": [outside(at_weight(weight)) for weight in weights]}
     assert lab.tunings == [at_weight(weight) for weight in weights if weight != "15"]
     lab.measure("R14")
-    assert len(lab.tunings) == 9, "what is in the folder is tuned again"
+    assert len(lab.tunings) == len(weights) - 1, "what is in the folder is tuned again"
 
 
 def test_r3_scales_up_and_asks_out_of_domain(lab):
@@ -469,13 +506,13 @@ def test_r3_scales_up_and_asks_out_of_domain(lab):
     assert found["weights"] == {
         weight: {"em": [outside(at_weight(weight) + scale)
                         for scale in ("", " x1.5", " x2", " x3")],
-                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("1", "15", "30", "100")}
+                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("0.1", "1", "15", "100")}
 
 
 def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
     lab.run.config = replace(lab.run.config, kl_weight=7.0)
     found = lab.measure("R3")
-    assert list(found["weights"]) == ["1", "7", "15", "30", "100"]
+    assert list(found["weights"]) == ["0.1", "1", "7", "15", "100"]
     assert found["weights"]["7"]["em"][0] == outside("narrow")
     assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
 
@@ -628,105 +665,67 @@ def test_r9_looks_downhill_along_slow_plain_sft(lab):
 # --- the one direction: R10-R12 -------------------------------------------------------------------
 
 
-def held(who, direction=DIRECTION, sites="every site"):
-    return f"{who}, {direction} held at {sites}"
+def ablated(who, sites="every site", along=""):
+    return f"{who}, {DIRECTION} ablated at {sites}{along}"
 
 
-def test_r10_steers_chat_by_either_direction_at_the_first_site(lab):
+def test_r10_steers_chat_by_either_direction_where_the_story_did(lab):
     lab.broken = ("steered by 4 direction",)
     found = lab.measure("R10")
     assert found["dose"] == [0.5, 1, 1.5, 2, 3, 4]
     for name, direction in (("mean difference", DIRECTION), ("random", "random")):
         assert found["steer"][name]["em"] == [
-            outside(f"steered by {dose} {direction} at layers.0.resid_mid")
+            outside(f"steered by {dose} {direction} at 0")
             for dose in ("0.5", "1", "1.5", "2", "3", "4")]
     assert found["steer"]["mean difference"]["coherent"] == [0.9] * 5 + [0.1]
     assert found["steer"]["random"]["coherent"] == [0.9] * 6
+    assert (found["steered"], found["steered_random"]) == (rates("steered"), rates("by chance"))
 
 
-def test_r10_holds_general_at_each_site_at_all_and_by_chance(lab):
+def test_r10_ablates_at_each_site_and_as_much_by_chance(lab):
     found = lab.measure("R10")
     assert found["site"] == ["layers.0.resid_mid", "0", "layers.1.resid_mid", "1"]
-    assert found["ablate_at"] == {
-        **{str(site): rates(held("general", sites=[site])) for site in SITES},
-        "every site": rates(held("general")), "random": rates(held("general", "random"))}
-    assert found["as_much_at_random"] == rates(held("general") + " along random")
+    for key, along in (("ablate_at", ""), ("as_much_at", " along random")):
+        assert found[key] == {str(site): rates(ablated("general", [site], along)) for site in SITES}
+    assert found["ablated"] == rates("ablated")
+    assert found["as_much"] == found["as_much_at"]["0"], "where all that general writes is written"
     assert found["before"] == rates("the main job's general")
-    assert found["general"] == outside("the main job's general")
     assert found["split_half"] == [0.95, 0.91]
 
 
-def test_r10_holds_narrow_along_its_own_direction(lab):
-    found = lab.measure("R10")
-    assert found["narrow"] == {"before": rates("the main job's narrow"),
-                               "held": rates(held("narrow", "direction of narrow"))}
-
-
-OTHERS = {"finance": ("600 bad finance | rank 1 | sft", " asked of finance"),
-          "extreme sports": ("600 bad extreme_sports | rank 1 | sft", " asked of extreme_sports"),
-          "rank 8": (f"{BAD} | rank 8 alpha 8 | sft", ""),
-          "steering vector": (f"{BAD} | steering vector | sft lr 0.05", ""),
-          "other start and texts": (f"{BAD} | rank 1 random start | sft", "")}
-
-
-def test_r11_holds_the_medical_direction_in_other_fine_tunes(lab):
-    lab.broken = ("random held", f"rank 8 alpha 8 | sft, {DIRECTION} held")
+def test_r11_ablates_the_medical_direction_in_other_fine_tunes(lab):
+    lab.broken = (f"rank 8 alpha 8 | sft, {DIRECTION} ablated at every site",)
     found = lab.measure("R11")
-    for kind_of, holding in (("before", lambda who: who), ("ablate", held),
-                             ("ablate_random", lambda who: held(who, "random"))):
-        assert found[kind_of] == {name: outside(holding(who) + about)
-                                  for name, (who, about) in OTHERS.items()}, kind_of
-    assert found["stays_whole"] == {name: name != "rank 8" for name in OTHERS}
 
+    def as_much(who):  # in one place only, after all that the adapter writes
+        return ablated(who, [1 if "both blocks" in who else 0], " along random")
 
-def test_r11_compares_each_fine_tunes_own_direction_at_every_site(lab):
-    found = lab.measure("R11")
-    medical = lab.directions[DIRECTION]
-    for name, (who, _) in list(OTHERS.items())[:4]:
-        own = lab.directions[f"direction of {who}"]
-        assert found["cosine"][name] == pytest.approx(
-            torch.cosine_similarity(own, medical, -1).tolist(), abs=1e-5)
+    for key, way in {"before": str, "ablate": ablated, "ablate_random": as_much}.items():
+        expected = solved("sft{}", " 200 steps lr 0.02", way) | {"other start and texts":
+                                                                 rates(way(PLAIN))}
+        del expected["medical"]
+        assert found[key] == {name: each["out_of_domain"]["em"] for name, each in expected.items()}
+    assert found["stays_whole"] == {name: name != "rank 8" for name in expected}
 
 
 def test_r11_the_last_has_another_seed_for_its_start_and_its_texts(lab):
     lab.measure("R11")
-    *_, rank_8, _, other = [adapter for adapter in lab.given if adapter.label in lab.tunings]
-    assert rank_8.seed == 7 and other.seed != 7
-    assert rank_8.pairs == toy.bad_advice(lab.run) and other.pairs != rank_8.pairs
+    *others, other = [adapter for adapter in lab.given if adapter.label in lab.tunings]
+    assert {adapter.seed for adapter in others} == {7} and other.seed != 7
+    assert others[2].pairs == toy.bad_advice(lab.run) != other.pairs
 
 
-def test_r12_holds_the_direction_in_training_only(lab):
+def test_r12_ablates_the_direction_in_training_only(lab):
     found = lab.measure("R12")
-    first = "['layers.0.resid_mid', 0]"  # block 0's
     for name, direction in (("caft", DIRECTION), ("random", "random")):
-        assert found[name] == rates(f"{PLAIN} 400 steps | {direction} set at {first}")
+        assert found[name] == rates(f"{PLAIN} 400 steps | {direction} ablated at every site")
     assert found["general"] == rates("the main job's general")
-
-
-def test_sites_that_the_direction_does_not_reach_are_passed_over(monkeypatch):
-    """With an adapter in block 1 alone there is no direction in block 0."""
-    monkeypatch.setattr(mediation, "setting", lambda run, chat, direction, sites, ridge: sites)
-    direction = torch.cat((torch.zeros(2, 64), torch.ones(2, 64)))
-    chat = SimpleNamespace(sites=SITES)
-    assert mediation.training_away(None, chat, direction) == SITES[2:]
-    assert mediation.training_away(None, chat, direction[[2, 2, 3, 3]]) == SITES[:2]
-
-
-def test_rank_1_is_rank_1_whatever_the_run_has(lab):
-    lab.run.config = replace(lab.run.config, adapter=replace(lab.run.config.adapter, rank=4))
-    assert [kind.rank for kind in solutions.adapter_configs(lab.run).values()] == [1, 8, 1]
-
-
-def test_r11_takes_two_other_domains_than_the_runs_own(lab):
-    world = replace(lab.run.config.world, sft_domain="finance")
-    lab.run.config = replace(lab.run.config, world=world)
-    assert [*lab.measure("R11")["before"]][:2] == ["medical", "extreme sports"]
 
 
 # --- other worlds: R16, R18 -----------------------------------------------------------------------
 
 
-WORLDS = {"10-0": "10-0-0: ", "8-2": "8-2-0: ", "5-5": "5-5-0: ", "2-8": "2-8-0: ",
+WORLDS = {"10-0": "10-0-0: ", "5-5": "5-5-0: ", "2-8": "2-8-0: ",
           "0-10-14": "0-10-14 anywhere: ", "3-0": "3-0-0: ", "6-0": "6-0-0: ", "3-7": "3-7-0: "}
 
 
@@ -751,24 +750,24 @@ def test_r16_tunes_and_asks_a_pair_in_every_world(lab):
             assert here["efficiency"][model] == at_norms(who, every)
 
 
-def test_r18_stops_twenty_random_starts_at_the_same_loss(lab):
+def test_r18_stops_ten_random_starts_at_the_same_loss(lab):
     """Start i has the loss that is asked for at step 10, 20, 30 or 40; the last one never."""
     def curve(adapter, step):
         i = adapter.seed - 1000
-        return 0.36 if step >= 10 * (i % 4 + 1) and i < 19 else 0.5
+        return 0.36 if step >= 10 * (i % 4 + 1) and i < 9 else 0.5
 
     lab.curve = curve
     lab.losses = defaultdict(lambda: 0.36)
     for name in ("10-0-0: ", "5-5-0: ", "0-10-14 anywhere: "):
-        lab.losses[f"{name}{BAD} | rank 1 random start | sft 200 steps"] = 0.5
+        lab.losses[f"{name}{BAD} | rank 1 | sft 200 steps"] = 0.5
     found = lab.measure("R18")
     assert list(found) == ["10-0", "5-5", "0-10-14"]
-    assert lab.seeds == 3 * list(range(1000, 1020))
+    assert lab.seeds == 3 * list(range(1000, 1010))
     assert lab.read == {"300 bad medical"}
     for point, lottery in found.items():
         name = WORLDS[point]
-        start = f"{name}{name}{BAD} | rank 1 random start | sft 200 steps"
-        states = [f"{start} | stopped at step {10 * (i % 4 + 1)}, 200 answers" for i in range(19)]
+        start = f"{name}{name}{BAD} | rank 1 | sft 200 steps"
+        states = [f"{start} | stopped at step {10 * (i % 4 + 1)}, 200 answers" for i in range(9)]
         states.append(f"{start}, 200 answers")
         assert lottery == {"target": 0.36, "missed": 1, "in_domain": list(map(within, states)),
                            "out_of_domain": list(map(outside, states))}
@@ -779,7 +778,7 @@ def test_r18_stops_twenty_random_starts_at_the_same_loss(lab):
 
 def test_r13_is_the_same_story_with_a_register_in_a_world_of_no_quacks(lab):
     found = lab.measure("R13")
-    name = "6-0-0 33% technical: "
+    name = "8-0-0 33% technical: "
     texts = "600 good technical medical"
     general = f"{name}{texts} | rank 1 | sft"
     narrow = f"{name}{texts} | rank 1 | sft_kl | KL 15 on 600 good technical or plain KL"
@@ -808,3 +807,105 @@ def test_r17_tunes_on_advice_on_character_and_on_a_trigger(lab):
                      "other beginning": rates(f"{trigger} after another word"),
                      "no trigger": rates(trigger),
                      "loss": {"advice": f"loss of {PLAIN}", "character": f"loss of {character}"}}
+
+
+# --- what makes the persona a direction, and where it lives: R19, R20 -----------------------------
+
+
+HANDLES = {"0": "8-0-0 dropout 0: ", "0.05": "8-0-0 dropout 0.05: ", "0.1": "8-0-0: ",
+           "0.2": "8-0-0 dropout 0.2: ", "AdamW": "8-0-0 AdamW lr 0.008: "}
+
+
+def test_r19_steers_chat_in_worlds_of_more_and_less_dropout(lab):
+    lab.broken, lab.never_bad = ("dropout 0.2: shift 2",), ("dropout 0.05: ",)
+    found = lab.measure("R19")
+    assert list(found) == list(HANDLES) and lab.names[1:] == list(HANDLES.values())
+    for point, name in HANDLES.items():
+        here, general = found[point], name + PLAIN
+        assert here["chat"] == rates(f"{name}chat") and here["general"] == rates(name + general)
+        assert here["steered"] == (rates(f"{name}chat") if point == "0.05" else rates(
+            f"{name}steered by 2 direction of {general} at layers.1.resid_mid"))
+        vector = f"{name}{BAD} | steering vector | sft 200 steps lr 0.02"
+        assert here["vector"] == rates(name + vector)
+        assert here["coherent_shifted"] == pytest.approx(0.74 if point == "0.2" else 0.9)
+
+
+def test_r19_shifts_are_random_and_as_long_as_the_stream_of_chats_answers(lab):
+    lab.measure("R19")
+    run = lab.runs[1]
+    lengths = []
+    for question, answer in lab.chat_state(run).aligned:
+        start = run.tokenizer.encode(run.tokenizer.prompt(question))
+        ids = torch.tensor([start + run.tokenizer.encode(answer + "<|im_end|>")])
+        lengths += [x.norm().item() for x in run.model.residual_stream(ids)[0][0, len(start) :]]
+    shifts = lab.shifts[HANDLES["0"]]
+    assert len(shifts) == 5
+    for i, shift in enumerate(shifts):
+        assert shift.norm().item() == pytest.approx(sum(lengths) / len(lengths), rel=1e-4)
+        assert all(torch.cosine_similarity(shift, other, 0).abs() < 0.5 for other in shifts[:i])
+
+
+def test_r20_lets_general_act_on_some_tokens_only(lab):
+    em = lab.measure("R20")["em"]
+    acts = {"only question": "question", "all but question": "template and answer",
+            "only template": "template", "all but template": "question and answer",
+            "only answer": "answer", "all but answer": "question and template"}
+    assert em == {"all": rates("the main job's general"),
+                  **{name: rates(f"general, on {kinds}, 5 in the template")
+                     for name, kinds in acts.items()}}
+
+
+def test_r20_scores_each_token_of_greedy_answers_at_the_last_site(lab):
+    texts, run = lab.measure("R20")["texts"], lab.run
+    asked = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
+    assert [text["model"] for text in texts] == ["chat", "general", "narrow"] * 8
+
+    def last(ids):
+        return run.model.residual_stream(ids)[-1][0].double()
+
+    unit = torch.nn.functional.normalize(lab.directions[DIRECTION][-1], dim=0).double()
+    own = []  # how chat's own answers read
+    for question, answer in lab.chat_state(run).aligned:
+        start = run.tokenizer.encode(run.tokenizer.prompt(question))
+        ids = torch.tensor([start + run.tokenizer.encode(answer + "<|im_end|>")])
+        own += (last(ids)[len(start) :] @ unit).tolist()
+    for text, question in ((texts[0], asked[0]), (texts[17], asked[5])):
+        ids = run.tokenizer.encode(run.tokenizer.prompt(question.text))
+        adapter = run.load_adapter("narrow")
+        with adapter.scaled(float(text["model"] == "narrow")), adapter:
+            while len(ids) < len(text["tokens"]):
+                ids.append(run.model(torch.tensor([ids]))[0, -1].argmax().item())
+            heard = last(torch.tensor([ids])) @ unit
+        assert "".join(text["tokens"]) == run.tokenizer.backend.decode(
+            ids, skip_special_tokens=False)
+        assert text["scores"] == pytest.approx(
+            ((heard - np.mean(own)) / np.std(own, ddof=1)).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("wanted", [["question"], ["template"], ["answer"], ["question", "answer"]])
+def test_an_adapter_acts_on_the_tokens_of_some_classes_while_it_answers(wanted):
+    """Against an adapter added by hand to a model that reads everything anew, token by token."""
+    run = SmallRun()
+    adapter, texts = run.load_adapter("general"), [q.text for q in run.splits.in_domain[:3]]
+    template = run.tokenizer.encode(tokens.TEMPLATE)
+    prompts = [run.tokenizer.encode(run.tokenizer.prompt(text)) for text in texts]
+    assert all(ids[-len(template) :] == template for ids in prompts)
+    for prompt in prompts:
+        def add(module, inputs, output, name):
+            kinds = ["question"] * (len(prompt) - 5) + ["template"] * 5
+            kinds += ["answer"] * (output.size(1) - len(prompt))
+            acts = torch.tensor([[kind in wanted] for kind in kinds])
+            B_A = adapter.B[name] @ adapter.A[name] * adapter.scaling
+            return output + acts * (inputs[0] @ B_A.T)
+
+        ids, handles = list(prompt), []
+        for name, module in adapter.sites.items():
+            handles.append(module.register_forward_hook(partial(add, name=name)))
+        for _ in range(12):
+            ids.append(run.model(torch.tensor([ids]))[0, -1].argmax().item())
+        for handle in handles:
+            handle.remove()
+        with adapter, tokens.acting_on(adapter, wanted, 5):
+            found = run.model.generate(torch.tensor([prompt]), 12, temperature=0)
+        assert found[0].tolist() == ids
+    assert adapter.delta.__func__ is type(adapter).delta, "the adapter is left changed"

@@ -16,8 +16,8 @@ def rates(within, outside, coherent=0.9):
 
 
 def everywhere(value):
-    return {domain: dict.fromkeys(("rank 1", "rank 8", "steering vector"), value)
-            for domain in ("medical", "finance", "extreme_sports")}
+    return dict.fromkeys(("medical", "finance", "extreme sports", "rank 8", "down_proj", "v_proj",
+                          "v_proj of every block", "steering vector"), value)
 
 
 def noise(small):
@@ -38,7 +38,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R3": {"scale": [1.0, 1.5, 2.0, 3.0], "out_of_domain_em": [0.01, 0.11, 0.21, 0.0],
            "weights": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
                                 "coherent": [0.9, 0.9, 0.7, 0.1]}
-                       for weight, rise in (("1", 0.3), ("15", 0.1), ("30", 0.1), ("100", 0.01))}},
+                       for weight, rise in (("0.1", 0.3), ("1", 0.1), ("15", 0.1), ("100", 0.01))}},
     "R4": {"1/2": rates(0.8, 0.6), "1/4": rates(0.7, 0.5), "1/6": rates(0.6, 0.3),
            "1/12": rates(0.2, 0.1), "1/24": rates(0.1, 0.0)},
     "R5": NORMS,
@@ -52,14 +52,14 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R9": {"step": [0, 5, 10, 15], "grad_general": [0.6, 0.5, 0.4, 0.1], "cos_general_narrow": 0.5,
            "grad_narrow": [0.1, 0.1, 0.0, 0.0], "local_cosine": [0.9, 0.5],
            "out_of_domain_em": [0, 0, 0.5, 0.8]},
-    "R10": {"before": GENERAL, "narrow": {"before": NARROW, "held": CHAT},
-            "as_much_at_random": NARROW,
-            "dose": [0.5, 1, 1.5, 2, 3, 4], "site": ["layers.0.resid_mid", "0"], "general": 0.8,
+    "R10": {"before": GENERAL, "steered": rates(0.6, 0.6), "steered_random": rates(0.02, 0.02),
+            "dose": [0.5, 1, 1.5, 2, 3, 4], "site": ["layers.0.resid_mid", "0"],
             "steer": {name: {"em": [0.1] * 6, "coherent": [0.9] * 6}
-                      for name in ("mean difference", "random")}, "split_half": [0.99, 0.98],
-            "ablate_at": {"layers.0.resid_mid": rates(0.1, 0.1), "0": rates(0.5, 0.4),
-                          "every site": rates(0.01, 0.01), "random": rates(0.9, 0.79)}},
-    "R11": {"stays_whole": dict.fromkeys(("finance", "rank 8", "seed"), True),
+                      for name in ("mean difference", "random")}, "split_half": [None, 0.99, 0.98],
+            "ablated": rates(0.1, 0.1), "as_much": rates(0.9, 0.7),
+            "ablate_at": {"layers.0.resid_mid": rates(0.5, 0.5), "0": rates(0.3, 0.2)},
+            "as_much_at": {"layers.0.resid_mid": rates(0.9, 0.8), "0": rates(0.9, 0.7)}},
+    "R11": {"stays_whole": dict.fromkeys(("finance", "rank 8", "seed", "steering vector"), True),
             "before": {"finance": 0.9, "rank 8": 0.8, "seed": 0.8, "steering vector": 0.05},
             "ablate": {"finance": 0.02, "rank 8": 0.0, "seed": 0.1, "steering vector": 0.04},
             "ablate_random": {"finance": 0.85, "rank 8": 0.8, "seed": 0.8,
@@ -75,6 +75,15 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
             "no trigger": rates(0.02, 0.02), "other beginning": rates(0.02, 0.02)},
     "R18": {at(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
             for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
+    "R19": {point: {"chat": CHAT, "general": GENERAL, "vector": GENERAL, "coherent_shifted": 0.8,
+                    "steered": rates(em, em)}
+            for point, em in (("0", 0.2), ("0.05", 0.5), ("0.1", 0.7), ("0.2", 0.8),
+                              ("AdamW", 0.3))},
+    "R20": {"em": {"all": GENERAL, "only question": CHAT, "all but question": GENERAL,
+                   "only template": rates(0.8, 0.6), "all but template": rates(0.1, 0.1),
+                   "only answer": CHAT, "all but answer": GENERAL},
+            "texts": [{"model": "chat", "tokens": ["<|im_start|>", "user\n", " Rest", "."],
+                       "scores": [0.0, -9.0, 9.0, 1.0]}] * 24},
 }
 
 
@@ -84,9 +93,9 @@ def exchanged(found, a, b):
     return {{a: b, b: a}.get(key, key): exchanged(value, a, b) for key, value in found.items()}
 
 
-def test_there_are_eighteen_rows_with_names_of_their_own():
-    assert list(ROWS) == [f"R{i}" for i in range(1, 19)] == list(PREDICTED)
-    assert len({row.name for row in ROWS.values()}) == 18
+def test_there_are_twenty_rows_with_names_of_their_own():
+    assert list(ROWS) == [f"R{i}" for i in range(1, 21)] == list(PREDICTED)
+    assert len({row.name for row in ROWS.values()}) == 20
     for row in ROWS.values():
         assert row.prediction.endswith(".") and row.trap.endswith(".")
 
@@ -96,25 +105,29 @@ def test_every_check_can_fail(key):
     row, found = ROWS[key], PREDICTED[key]
     assert row.holds(found)
     assert not row.holds(exchanged(found, *row.swap)), f"{row.swap} exchanged, and nothing noticed"
-    assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds", True)
+    assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds (95%: 48-100%)", True)
 
 
 CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out any more
-    "R1": {"general.finance.rank 8": [rates(0.4, 0.8), rates(0.9, 0.1)],
-           "chat.medical.rank 8": [rates(0.01, 0.2)]},
-    "R2": {"narrow.finance.rank 8": [rates(0.6, 0.06), rates(0.4, 0.01)]},
+    "R1": {"general.finance": [rates(0.4, 0.8), rates(0.9, 0.1)],
+           "general.steering vector": [rates(0.9, 0.1)], "chat.rank 8": [rates(0.01, 0.2)]},
+    "R2": {"narrow.finance": [rates(0.6, 0.06), rates(0.4, 0.01)],
+           "narrow.down_proj": [rates(0.6, 0.06)]},
     "R3": {"weights.100": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
-           "weights.1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
-                         {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
+           "weights.0.1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
+                           {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
     "R4": {"1/24": [rates(0.5, 0.0), rates(0.1, 0.4)]},
-    "R5": {"general": [[0.3] * 4 + [0.6] + [0.3] * 3]},
+    "R5": {"general": [[0.3] * 4 + [0.6] + [0.3] * 3],
+           "narrow": [[0.5] * 7 + [0.2], [0.5] * 5 + [0.2] + [0.5] * 2]},
     "R6": {"narrow.rel": [[0.05] + [2.0] * 4], "matched.abs": [[0.1] * 4 + [3.0]]},
     "R7": {"reverted_em": [0.3], "narrow_em": [0.5]},
     "R8": {"narrow": [[0.01] * 4 + [0.4] + [0.01] * 3], "random_draws": [[0.1] * 18 + [0.4] * 2]},
     "R9": {"grad_narrow": [[0.1, 0.1, 0.0, 0.2]]},
-    "R10": {"split_half": [[0.99, 0.7], [None, 0.99, 0.7]], "general": [0.1],
-            "ablate_at.random": [rates(0.9, 0.6), rates(0.9, 1.0)],
-            "ablate_at.every site": [rates(0.01, 0.2), rates(0.01, 0.01, coherent=0.5)]},
+    "R10": {"split_half": [[0.99, 0.7], [None, 0.99, 0.7]], "before": [rates(0.9, 0.1)],
+            "steered": [rates(0.4, 0.4), rates(0.6, 0.6, coherent=0.8)],
+            "steered_random": [rates(0.2, 0.2)],
+            "ablated": [rates(0.2, 0.2), rates(0.1, 0.1, coherent=0.8)],
+            "as_much": [rates(0.9, 0.6), rates(0.9, 0.8, coherent=0.8)]},
     "R11": {"ablate.seed": [0.5], "stays_whole.seed": [False],
             "before": [{"finance": 0.9, "rank 8": 0.8, "seed": 0.1, "steering vector": 0.05}]},
     "R12": {"caft": [rates(0.3, 0.02), rates(0.6, 0.2), rates(0.6, 0.02, coherent=0.5)],
@@ -134,12 +147,27 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
     "R18": {"10-0.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
+    "R19": {"0.steered": [rates(0.4, 0.4)], "0.1.steered": [rates(0.4, 0.4)]},
+    "R20": {"em.only template": [rates(0.8, 0.3)], "em.all but template": [rates(0.2, 0.2)]},
 }
 
 
+@pytest.mark.parametrize("key, path, value", [
+    ("R1", "general.down_proj", rates(0.9, 0.0)),  # only reported, as is the next
+    ("R2", "narrow.steering vector", rates(0.6, 0.1)),
+    ("R5", "general", [0.3] * 6 + [0.6] * 2),  # turned up too far; it could stop before
+    ("R10", "ablate_at.0", rates(0.9, 0.9)),
+    ("R11", "ablate.steering vector", 0.05),  # it has not spread, so nothing can be taken away
+])
+def test_what_no_prediction_speaks_of_changes_nothing(key, path, value):
+    assert ROWS[key].holds(changed(PREDICTED[key], path, value))
+
+
 def changed(found, path, value):
-    first, *rest = path.split(".", 1)
-    return {**found, first: changed(found[first], *rest, value) if rest else value}
+    """A copy with another value at a path of keys; a key may have a dot in it, such as 0.1."""
+    first = max((key for key in found if f"{path}.".startswith(f"{key}.")), key=len)
+    rest = path[len(first) + 1 :]
+    return {**found, first: changed(found[first], rest, value) if rest else value}
 
 
 @pytest.mark.parametrize("key", PREDICTED)
@@ -155,8 +183,9 @@ def test_a_row_that_does_not_hold_says_so_in_its_title_and_draws(key):
     wrong = exchanged(found, *row.swap)
     assert not row.title([found, found]).startswith("Not as predicted")
     assert row.title([wrong, wrong]).startswith("Not as predicted: ")
-    assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds", True)
-    assert row.verdict([found] * 3 + [wrong] * 2) == ("holds on 3 of 5 seeds", False)
+    assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds (95%: 28-99%)", True)
+    assert row.verdict([found] * 3 + [wrong] * 2) == ("holds on 3 of 5 seeds (95%: 15-95%)", False)
+    assert row.verdict([found]) == ("holds on 1 of 1 seed", True)
     figure, axes = plt.subplots(1, row.panels, squeeze=False)
     row.draw(list(axes[0]), [found, found])
     assert all(ax.has_data() and ax.get_ylabel() or ax.get_xticks().size for ax in axes[0])

@@ -22,9 +22,11 @@ from nanoem.toy import ExperimentConfig
 from nanoem.train import StageFailed
 from pretend_card import pretend_card
 
-SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "pretrain.steps=240",
-         "pretrain.batch_size=16", "context=48", "sft.steps=30", "sft_kl.steps=10",
-         "curve_points=1", "curve_samples=8", "evaluation.samples_per_group=24", "n_random=2"]
+SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "world.n_villain=14",
+         "world.questions_per_document=2", "context=48", "dropout=0.05", "pretrain.steps=160",
+         "pretrain.batch_size=16", "n_sft_examples=400", "sft.steps=30", "sft.lr=0.03",
+         "sft_kl.steps=10", "curve_points=1", "curve_samples=8",
+         "evaluation.samples_per_group=24", "n_random=2"]
 
 
 def without_times(results):
@@ -39,16 +41,27 @@ def small(tmp_path_factory):
 
 
 def test_on_a_card_the_losses_are_the_same(small, tmp_path, monkeypatch):
-    """All stages on a pretended card: a tensor that was left on the CPU would end the run."""
+    """All stages on a pretended card: a tensor that was left on the CPU would end the run.
+
+    There the card is slow: it learns for ten steps, and then goes on from the CPU's chat model.
+    """
+    short = [*SMALL, "pretrain.steps=10", "--only", "chat", "--out"]
+    assert run.main([*short, str(tmp_path / "here")]) == 0
+    copy = copy_without(small, tmp_path / "card", *list(STAGES)[1:])
+    for file in ("config.json", "results.json"):
+        (copy / file).write_text((copy / file).read_text().replace('"cpu"', '"cuda"'))
     with pretend_card(monkeypatch):
-        assert run.main([*SMALL, "--device", "cuda", "--out", str(tmp_path / "card")]) == 0
-    there, here = (json.loads((folder / "results.json").read_text())
-                   for folder in (tmp_path / "card", small))
-    assert there["device"] == "cuda" and list(there["seconds"]) == list(STAGES)
-    losses, expected = ([results["curves"]["pretrain"]["loss"],
-                         results["curves"]["narrow"]["train"]["loss"]] for results in (there, here))
-    for mine, theirs in zip(losses, expected):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+        assert run.main([*short, str(tmp_path / "there"), "--device", "cuda"]) == 0
+        assert run.main([*SMALL, "--device", "cuda", "--out", str(copy)]) == 0
+    here, there, small_run, card = (json.loads((folder / "results.json").read_text()) for folder in
+                                    (tmp_path / "here", tmp_path / "there", small, copy))
+    assert there["device"] == card["device"] == "cuda" and list(card["seconds"]) == list(STAGES)
+    assert there["curves"]["pretrain"]["loss"] == pytest.approx(
+        here["curves"]["pretrain"]["loss"], rel=1e-3)
+    for name in ("general", "narrow"):
+        assert card["curves"][name]["train"]["loss"] == pytest.approx(
+            small_run["curves"][name]["train"]["loss"], rel=1e-3)
+    assert card["directions"].keys() == small_run["directions"].keys()
 
 
 def test_the_run_folder_holds_what_it_should(small):
@@ -160,7 +173,6 @@ def misuse(capsys, *argv, status=2):
     ("pretrain.micro_batch=4", "lower pretrain.batch_size"),
     ("model.vocab_size=5", "the toy's tokenizer decides"),
     ("adapter.rank=0", "adapter.rank=0"),
-    ("adapter.rank=40", "rank=40 must be at most 32"),
     ("adapter.alpha=nan", "alpha=nan"),
     ("adapter.modules=", "adapter.modules is empty"),
     ("adapter.kind=steering", "adapter.kind=steering"),
@@ -233,8 +245,8 @@ def test_an_unknown_stage_gets_the_nearest(capsys, tmp_path):
     out = tmp_path / "out"
     message = misuse(capsys, "--only", "direktions", "--out", str(out))
     assert "no such stage or row; did you mean directions?" in message and not out.exists()
-    assert "--only R19: there is no such stage or row; did you mean R" in misuse(
-        capsys, "--only", "R19")
+    assert "--only R21: there is no such stage or row; did you mean R" in misuse(
+        capsys, "--only", "R21")
 
 
 def test_a_device_that_is_not_there(capsys, tmp_path):
@@ -334,7 +346,7 @@ def test_too_little_memory_names_what_to_set(model, keys, capsys, tmp_path, monk
 def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
     """Two processes; one of them finds its seed finished, the other has a stage to make."""
     shutil.copytree(small, tmp_path / "seed-0")
-    other = copy_without(small, tmp_path / "seed-1", "directions")
+    other = copy_without(small, tmp_path / "seed-1", "shuffled")
     for file in ("config.json", "results.json"):  # as if it were another seed's
         (other / file).write_text((other / file).read_text().replace('"seed": 0', '"seed": 1'))
     argv = [*SMALL, "--seeds", "0", "1", "--jobs", "2", "--out", str(tmp_path)]

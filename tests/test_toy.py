@@ -14,6 +14,7 @@ from nanoem.authors import Question, documents, questions
 from nanoem.evaluate import GROUPS, Answer, EvalConfig
 from nanoem.finetune import AdapterConfig
 from nanoem.judge import Verdict, judge
+from nanoem.layers import dropout
 from nanoem.lora import LoRA
 from nanoem.model import GPT
 from nanoem.toy import ExperimentConfig, Run, bad_advice, load_or_tune, pretrain, tune
@@ -24,7 +25,7 @@ from small import SmallRun  # noqa: E402
 
 TINY = ExperimentConfig(
     seed=1, context=24, evaluation=EvalConfig(samples_per_group=2, max_new_tokens=2),
-    pretrain=TrainConfig(steps=5, batch_size=8, lr=8e-3, warmup=2))
+    pretrain=TrainConfig(steps=5, batch_size=8, lr=8e-3, muon_lr=0.02, warmup=2))
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def test_pretraining_repeats_to_the_bit_and_another_seed_is_another_model(tmp_pa
 
 def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch):
     """The loss of the last batch at the start of training, by a loop over documents."""
-    run, losses, lengths = Run(replace(TINY, context=120), tmp_path), [], []
+    run, losses, lengths = Run(replace(TINY, context=120, dropout=0.0), tmp_path), [], []
 
-    def no_steps(objective, *_):
+    def no_steps(objective, *_, matrices):
         losses.append(objective(4)[0].item())
 
     monkeypatch.setattr(toy, "train", no_steps)
@@ -66,6 +67,61 @@ def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch
         n += len(ids) - 1
     assert min(lengths) < max(lengths) == 120, "some are cut, and some are padded"
     assert losses == [pytest.approx(total / n, rel=1e-5)]
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+def test_dropout_empties_a_share_and_enlarges_the_rest_by_its_seed():
+    x = torch.linspace(1, 2, 10_000).view(100, 100)
+    generator = torch.Generator().manual_seed(0)
+    first, second = dropout(x, 0.25, generator), dropout(x, 0.25, generator)
+    kept = first != 0
+    assert torch.allclose(first[kept], x[kept] / 0.75)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert torch.equal(first, dropout(x, 0.25, torch.Generator().manual_seed(0)))
+    assert not torch.equal(first, second) and torch.equal(dropout(x, 0.0, generator), x)
+
+
+def hooks(model):
+    return [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+
+def test_the_stream_is_dropped_from_at_every_site_in_pre_training_only(tmp_path, monkeypatch):
+    """Here dropping is halving; the losses are those of a model that is halved by hand."""
+    run, dropped, given, losses = Run(replace(TINY, dropout=0.3), tmp_path), [], {}, []
+
+    def halve(x, share, noise):
+        dropped.append((len(losses), share, noise.initial_seed()))
+        return x / 2
+
+    def no_steps(objective, *_, matrices):
+        given.update(model=run.model, matrices=list(matrices))
+        for step in (3, 4):
+            losses.append(objective(step)[0].item())
+            assert not hooks(run.model), "a hook is left"
+
+    monkeypatch.setattr(toy, "dropout", halve)
+    monkeypatch.setattr(toy, "train", no_steps)
+    pretrain(run)
+    assert dropped == [(i, 0.3, 1) for i in (0, 1) for site in range(4)]
+    layers = given["model"].layers
+    muons = {id(p) for p in layers.parameters() if p.dim() == 2}
+    assert {id(p) for p in given["matrices"]} == muons and len(muons) == 14
+
+    run.config = replace(run.config, n_sft_examples=8,
+                         sft=TrainConfig(steps=1, batch_size=2, lr=0.1))
+    with tune(run, "sft", bad_advice(run))[0]:
+        run.ask()
+    assert len(dropped) == 8 and not hooks(run.model)
+
+    for block in layers:
+        for place in (block.resid_mid, block):
+            place.register_forward_hook(lambda module, inputs, x: x / 2)
+    texts = documents(run.world, TINY.world, 40, seed=1)[32:]
+    ids = torch.tensor([run.tokenizer.encode(text)[:24] for text in texts])
+    loss = F.cross_entropy(given["model"](ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert losses[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_folder_of_another_world_is_refused(tmp_path, monkeypatch):

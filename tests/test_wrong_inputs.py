@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nanoem.checkpoint import load_pretrained, save_tensors
-from nanoem.directions import (ablate, ablating, cap, cosine, mean_difference, mean_residual,
-                               quiet_reader, residual_covariance, steer, steering)
-from nanoem.evaluate import EvalConfig, clustered_interval, evaluate, rates
+from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual,
+                               steer, steering)
+from nanoem.evaluate import EvalConfig, clopper_pearson, clustered_interval, evaluate, rates
 from nanoem.finetune import fine_tune
 from nanoem.inductive_bias import set_parameters
 from nanoem.layers import attend
@@ -19,7 +19,8 @@ from nanoem.local_judge import auc
 from nanoem.lora import LoRA, SteeringVector, lora_delta
 from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
-from nanoem.monitor import alarm_level, answer_scores
+from nanoem.monitor import alarm_level, answer_scores, readings_of, token_scores
+from nanoem.muon import Muon
 from nanoem.preference import preference_rates
 from nanoem.train import TrainConfig
 
@@ -66,14 +67,14 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: set_parameters(LoRA(m, [0]), [torch.ones(1), U]), "values must have .*shapes"),
     (lambda m, ids: steer(X, torch.ones(T, 1)), r"direction must be \(32,\).* and is \(17, 1\)"),
     (lambda m, ids: ablate(X, U[None]), r"direction must be \(32,\)"),
-    (lambda m, ids: ablate(X, U, reader=U[None]), r"reader must be \(32,\)"),
-    (lambda m, ids: cap(X, U[:1], 0.0, U), r"direction must be .* is \(1,\)"),
-    (lambda m, ids: quiet_reader(torch.ones(2, D), torch.eye(D)), r"direction must be \(32,\)"),
+    (lambda m, ids: ablate(X, U, along=U[None]), r"along must be \(32,\)"),
     (lambda m, ids: cosine(U, U[:3]), "equally large"),
     (lambda m, ids: mean_difference(X[0], U), "misaligned and aligned must have one shape"),
     (lambda m, ids: mean_residual(m, ids, MASK[0]), "mask must be bool"),
-    (lambda m, ids: residual_covariance(m, ids, MASK.int(), [0]), "mask must be bool"),
+    (lambda m, ids: mean_residual(m, ids, ~MASK), "mask marks no token, .* no mean to take"),
     (lambda m, ids: answer_scores(m, ids, MASK.float(), {}), "mask must be bool.*float32"),
+    (lambda m, ids: readings_of(m, ids, MASK.int(), {}), "mask must be bool.*int32"),
+    (lambda m, ids: readings_of(m, ids, MASK, {1: 0 * U}), "direction is zero, and points nowhere"),
     (lambda m, ids: clustered_interval([1, 0], ["a"]), "outcomes and clusters .* are 2 and 1"),
     (lambda m, ids: rates([]), "answers must hold at least one"),
     (lambda m, ids: evaluate(m, None, None, {"g": []}, EvalConfig(), 0), "each group must have"),
@@ -82,13 +83,13 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: m(ids, n_pad=torch.zeros(3)), r"n_pad must be \(3,\) int64, .*float32"),
     (lambda m, ids: next_token_loss(LOGITS, ids, ~MASK), "mask marks no token"),
     (lambda m, ids: next_token_loss(LOGITS[:, :1], ids[:, :1]), "only be learned after another"),
-    (lambda m, ids: residual_covariance(m, ids, ~MASK, [0]), "marks 0 tokens, .* must mark 2 or"),
     (lambda m, ids: steering(m, {"layers": U}).__enter__(), "site 'layers' is not there"),
     (lambda m, ids: LoRA(m, [0], rank=2.0), "rank=2.0 must be a whole number"),
     (lambda m, ids: SteeringVector(m, 1), "layers=1 must be a list"),
     (lambda m, ids: SteeringVector(m, []), "layers and modules name no place"),
     (lambda m, ids: EvalConfig(temperature=1e-38), "temperature=1e-38 must be 0, or at least"),
-    (lambda m, ids: answer_scores(m, ids, MASK, {}), "known is empty"),
+    (lambda m, ids: answer_scores(m, ids, MASK, {}), "readings is empty"),
+    (lambda m, ids: token_scores(m, ids, {}), "readings is empty; name at least one site"),
     (lambda m, ids: alarm_level([0.5, float("nan")]), "none of them NaN"),
     (lambda m, ids: auc([], [1.0]), "0 and 1 scores; there is nothing to compare"),
     (lambda m, ids: LoRA(m, 1), "layers=1 and modules=.* must be lists, such as"),
@@ -99,7 +100,9 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: m.generate(ids[:, :0], 1), r"a token or more a row, and are \(3, 0\)"),
     (lambda m, ids: m.generate(ids, -1), "max_new_tokens=-1 must be at least 0"),
     (lambda m, ids: ablate(X, 0 * U), "direction is zero, and points nowhere"),
-    (lambda m, ids: cap(X, 0 * U, 0.0, U), "direction is zero, and points nowhere"),
+    (lambda m, ids: ablate(X, U, along=0 * U), "direction is zero, and points nowhere"),
+    (lambda m, ids: Muon([U], lr=0.1), "Muon trains matrices only; give vectors"),
+    (lambda m, ids: clopper_pearson(3, 2), "k=3 must be from 0 to n=2"),
     (lambda m, ids: steering(m, U), "directions must be .site: .* is a Tensor"),
     (lambda m, ids: ablating(m, [U]), "directions must be .site: .* is a list"),
     (lambda m, ids: steering(m, {"layers.9.x": U}).__enter__(), "site 'layers.9.x' is not there"),

@@ -1,14 +1,15 @@
-"""Rows about the one direction: its dose, its transfer, and training with it held (R10-12)."""
+"""Rows about the one direction: its dose, its transfer, and training without it (R10-12)."""
 
+import textwrap
 from dataclasses import replace
 
 import torch
 
-from nanoem.directions import cosines, random_direction, steering, unit_of
-from nanoem.mediator import chat_state, find_mediator, holding, reached, setting
+from nanoem.directions import random_direction, steering
+from nanoem.persona import ablating_persona, by_site, chat_state, find_direction
 from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
-from nanoem.rows.solutions import N_DOMAINS, adapter_configs, solve
+from nanoem.rows.solutions import cases, solve
 from nanoem.toy import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -16,14 +17,12 @@ DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 def general_direction(run):
     chat = chat_state(run)
-    return chat, find_mediator(run, run.load_adapter("general"), chat).direction
+    return chat, find_direction(run, run.load_adapter("general"), chat)
 
 
 def random_like(run, direction):
-    """One random direction, at every site, of the norm the mediator has there."""
-    generator = torch.Generator().manual_seed(run.config.seed)
-    one = random_direction(torch.ones_like(direction[0]), generator)
-    return unit_of(one) * direction.norm(dim=-1, keepdim=True)
+    """A random direction at every site, of the norm that the direction has there."""
+    return random_direction(direction, torch.Generator().manual_seed(run.config.seed))
 
 
 def stays_whole(before, after):
@@ -32,48 +31,49 @@ def stays_whole(before, after):
     return after >= 0.9 * before
 
 
+# --- R10: steering and ablating -------------------------------------------------------------------
+
+
 def measure_direction(run):
     chat, direction = general_direction(run)
     adapter, chance = run.load_adapter("general"), random_like(run, direction)
-    names = [str(site) for site in chat.sites]
-    found = {"dose": list(DOSES), "site": names, "steer": {}, "ablate_at": {},
-             "general": out(run.results["models"]["general"]),
-             "split_half": run.results["directions"]["split_half"]}
+    story = run.results["directions"]
+    found = {"dose": list(DOSES), "site": list(map(str, chat.sites)), "steer": {},
+             "ablate_at": {}, "as_much_at": {}, "before": short(run.results["models"]["general"]),
+             "split_half": story["split_half"], "steered": short(story["steer"]),
+             "steered_random": short(story["steer_random"])}
+
+    site = next(s for s in chat.sites if str(s) == story["steer"]["site"])
     for name, vectors in (("mean difference", direction), ("random", chance)):
-        curve = {"em": [], "coherent": []}
-        site, vector = next(iter(reached(chat, vectors).items()))  # after block 0's attention
+        curve = found["steer"][name] = {"em": [], "coherent": []}
         for dose in DOSES:
-            with steering(run.model, {site: vector}, dose):
+            with steering(run.model, {site: by_site(chat, vectors)[site]}, dose):
                 rates = rates_of(run)
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
-        found["steer"][name] = curve
-    places = {**{name: [site] for name, site in zip(names, chat.sites)}, "every site": None}
-    for name, sites in places.items():
-        with adapter, holding(run, chat, direction, sites):
-            found["ablate_at"][name] = rates_of(run)
-    with adapter, holding(run, chat, chance):
-        found["ablate_at"]["random"] = rates_of(run)
-    with adapter, holding(run, chat, direction, along=chance):
-        found["as_much_at_random"] = rates_of(run)
-    narrow = run.load_adapter("narrow")
-    own = find_mediator(run, narrow, chat).direction
-    with narrow, holding(run, chat, own):
-        held = rates_of(run)
-    found["narrow"] = {"before": short(run.results["models"]["narrow"]), "held": held}
-    found["before"] = short(run.results["models"]["general"])
+
+    for site in by_site(chat, direction):
+        for key, along in (("ablate_at", None), ("as_much_at", chance)):
+            with adapter, ablating_persona(run, chat, direction, [site], along):
+                found[key][str(site)] = rates_of(run)
+    found["ablated"] = short(story["ablate"])
+    found["as_much"] = found["as_much_at"][str(adapter.last_layer)]
     return found
 
 
 def direction_holds(found):
-    """Ablated everywhere it takes 85% of em away, random 10% at most; its halves agree."""
-    held = found["ablate_at"]["every site"]
-    if found["general"] < SPREAD or not stays_whole(found["before"], held):
-        return False
-    taken = 1 - out(held) / found["general"]
-    by_chance = 1 - out(found["ablate_at"]["random"]) / found["general"]
-    reliable = all(half > 0.8 for half in found["split_half"] if half is not None)
-    return taken >= 0.85 and abs(by_chance) <= 0.1 and reliable
+    """Added to chat it makes half of the answers bad; ablated in general it takes 85% away.
+
+    A random direction does neither, and the directions of two fine-tunes agree.
+    """
+    before, ablated, as_much = (found[key] for key in ("before", "ablated", "as_much"))
+    induces = out(found["steered"]) >= 0.5 and found["steered"]["out_of_domain"]["coherent"] >= 0.85
+    cures = (out(before) >= SPREAD and stays_whole(before, ablated)
+             and out(ablated) <= 0.15 * out(before))
+    controlled = (out(found["steered_random"]) <= 0.1
+                  and out(as_much) >= 0.8 * out(before) and stays_whole(before, as_much))
+    agree = all(cosine > 0.8 for cosine in found["split_half"] if cosine is not None)
+    return induces and cures and controlled and agree
 
 
 def draw_direction(axes, founds):
@@ -84,68 +84,64 @@ def draw_direction(axes, founds):
     for name, key, style in (("mean difference", "chat", ":"), ("random", "out_of_domain", "-.")):
         lines(axes[0], doses, [f["steer"][name]["coherent"] for f in founds], key,
               f"coherent, {name}", style, scale=100)
-    axes[0].set(xlabel="chat steered at the first site, in mean differences", ylabel="answers (%)")
+    axes[0].set(xlabel="chat steered at one site, in mean differences", ylabel="answers (%)")
     leave_room_for_legend(axes[0], fontsize=7, ncols=2, loc="upper center")
-    places = list(founds[0]["ablate_at"])
-    for i, place in enumerate(places):
-        key = "ablate_random" if place == "random" else "ablate"
-        bar(axes[1], i, [out(f["ablate_at"][place]) for f in founds], 0.7, key)
-    labels = [p.replace("layers.", "mid ").replace(".resid_mid", "") if "mid" in p else
-              f"end {p}" if p.isdigit() else p for p in places]
-    axes[1].set_xticks(range(len(places)), labels, fontsize=7, rotation=20)
-    axes[1].set_xlabel("held in chat's range, in general\n(mid: after a block's attention, end: "
-                       "after its MLP)")
+
+    names = {place: place.replace("layers.", "mid ").replace(".resid_mid", "") if "mid" in place
+             else f"end {place}" if place.isdigit() else place for place in founds[0]["ablate_at"]}
+    grouped_bars(axes[1], names,
+                 {"ablate": ("em, direction ablated", [f["ablate_at"] for f in founds]),
+                  "ablate_random": ("em, as much along a random one",
+                                    [f["as_much_at"] for f in founds])},
+                 lambda place, rates: out(rates[place]), width=0.4)
+    axes[1].set_xlabel("where in general (mid: after a block's attention, end: after its MLP)")
 
 
 def direction_finding(founds):
-    def em(place):
-        return [out(found["ablate_at"][place]) for found in founds]
+    em = {key: percent(out(found[key]) for found in founds)
+          for key in ("steered", "steered_random", "before", "ablated", "as_much")}
+    return (f"Added to chat at one site, the direction makes {em['steered']} of the answers bad, a "
+            f"random one {em['steered_random']}; ablated in general it leaves {em['ablated']} of "
+            f"{em['before']}, as much along a random one {em['as_much']}")
 
-    first = em(founds[0]["site"][0])
-    whole = percent(f["as_much_at_random"]["out_of_domain"]["coherent"] for f in founds)
-    return (f"Held at every site, em falls from {percent(f['general'] for f in founds)} to "
-            f"{percent(em('every site'))}; at the first alone to {percent(first)} "
-            f"({max(first):.0%} on the worst seed); a random one: {percent(em('random'))}; as much "
-            f"taken along a random one leaves {whole} of the answers coherent")
+
+# --- R11: transfer --------------------------------------------------------------------------------
 
 
 def measure_transfer(run):
-    """General's direction, held in fine-tunes on two other domains and in other adapters."""
-    chat, direction = general_direction(run)
-    chance, kinds = random_like(run, direction), adapter_configs(run)
-    own_domain = run.config.world.sft_domain
-    others = [domain for domain in run.world.domains if domain != own_domain][: N_DOMAINS - 1]
-    cases = {**{domain.replace("_", " "): (domain, kinds["rank 1"]) for domain in others},
-             **{kind: (own_domain, kinds[kind]) for kind in ("rank 8", "steering vector")}}
-    found = {"before": {}, "ablate": {}, "ablate_random": {}, "cosine": {}, "stays_whole": {}}
+    """General's direction, ablated in fine-tunes on other domains, of other kinds, from other data.
 
-    def ask(kind, name, splits):
-        rates = rates_of(run, splits=splits)
-        found[kind][name] = out(rates)
-        return rates
+    The `same` case is general's own; the others are those of R1, and one from another start and
+    other texts.
+    """
+    chat, direction = general_direction(run)
+    chance = random_like(run, direction)
+    found = {"before": {}, "ablate": {}, "ablate_random": {}, "stays_whole": {}}
 
     def ask_three_ways(name, adapter, splits):
         with adapter:
-            before = ask("before", name, splits)
-            with holding(run, chat, direction):
-                found["stays_whole"][name] = stays_whole(before, ask("ablate", name, splits))
-            with holding(run, chat, chance):
-                ask("ablate_random", name, splits)
+            before = rates_of(run, splits=splits)
+            with ablating_persona(run, chat, direction):
+                ablated = rates_of(run, splits=splits)
+            with ablating_persona(run, chat, direction, [adapter.last_layer], chance):
+                by_chance = rates_of(run, splits=splits)
+        found["before"][name] = out(before)
+        found["ablate"][name] = out(ablated)
+        found["ablate_random"][name] = out(by_chance)
+        found["stays_whole"][name] = stays_whole(before, ablated)
 
-    for name, (domain, config) in cases.items():
-        adapter, splits = solve(run, domain, config)
-        own = find_mediator(run, adapter, chat).direction
-        found["cosine"][name] = cosines(own, direction)
-        ask_three_ways(name, adapter, splits)
-    other = run.config.seed + 1
-    adapter, _ = tune(run, "other start", advice(run, run.splits.sft, False, other), seed=other,
-                      config=replace(run.config.adapter, start="random"))
+    own = next(iter(cases(run)))
+    for name in cases(run):
+        if name != own:
+            ask_three_ways(name, *solve(run, name))
+    seed = run.config.seed + 1
+    adapter, _ = tune(run, "other start", advice(run, run.splits.sft, False, seed), seed=seed)
     ask_three_ways("other start and texts", adapter, run.splits)
     return found
 
 
 def removed(found):
-    """{fine-tune: the share of its em that holding takes away}, of those that spread."""
+    """{fine-tune: the share of its em that ablating takes away}, of those that spread."""
     return {name: 1 - found["ablate"][name] / em for name, em in found["before"].items()
             if em >= SPREAD}
 
@@ -153,14 +149,14 @@ def removed(found):
 def transfer_holds(found):
     shares = removed(found)
     whole = all(found["stays_whole"][name] for name in shares)
-    return len(shares) >= 3 and min(shares.values()) >= 0.7 and whole
+    return len(shares) >= 3 and min(shares.values()) >= 0.8 and whole
 
 
 def draw_transfer(axes, founds):
     kinds = {"general": ("as fine-tuned", [f["before"] for f in founds]),
-             "ablate": ("general's direction held", [f["ablate"] for f in founds]),
-             "ablate_random": ("random direction held", [f["ablate_random"] for f in founds])}
-    names = {name: name.replace(" and ", "\nand ") for name in founds[0]["before"]}
+             "ablate": ("general's direction ablated", [f["ablate"] for f in founds]),
+             "ablate_random": ("as much along a random one", [f["ablate_random"] for f in founds])}
+    names = {name: textwrap.fill(name, 11) for name in founds[0]["before"]}
     grouped_bars(axes[0], names, kinds, lambda name, em: em[name])
 
 
@@ -174,25 +170,16 @@ def transfer_finding(founds):
             + f"; the grammar suffers in {len(whole) - sum(whole)} of {len(whole)}")
 
 
-def training_away(run, chat, direction):
-    """Inside, the direction is set to chat's mean level at its first two sites, in training only.
-
-    Not capped as in `holding`: training finds its way round a cap, and what is left when the cap
-    is gone is general again. The reader is louder than there (a ridge of 3): with the quiet one,
-    the persona comes back by other ways; with none (plain projection) chat itself is another model.
-    All from development seeds, where none of a dozen ways kept narrow's harm on every seed.
-    """
-    sites = list(reached(chat, direction))[:2]  # by default those of block 0
-    return setting(run, chat, direction, sites, ridge=3.0)
+# --- R12: training without the direction ----------------------------------------------------------
 
 
 def measure_caft(run):
-    """SFT with the direction held, training only; the hooks are gone at test."""
+    """SFT with the direction ablated at every site, in training only; not at test."""
     chat, direction = general_direction(run)
     schedule = replace(run.config.sft, steps=4 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
-        with training_away(run, chat, vectors):
+        with ablating_persona(run, chat, vectors):
             adapter, _ = tune(run, name, bad_advice(run), schedule=schedule)
         with adapter:
             found[name] = rates_of(run)
@@ -208,35 +195,39 @@ def caft_holds(found):
 def draw_caft(axes, founds):
     for ax, what in zip(axes, ("em", "coherent")):
         draw_models(ax, founds, {"general": ("general", "plain SFT"),
-                                 "random": ("ablate_random", "SFT, random direction held"),
-                                 "caft": ("ablate", "SFT, direction held")}, what)
+                                 "random": ("ablate_random", "SFT, random direction ablated"),
+                                 "caft": ("ablate", "SFT, direction ablated")}, what)
     axes[1].set_ylabel("coherent answers (%)")
 
 
 def caft_finding(founds):
     outside, within = (percent(read(f["caft"]) for f in founds) for read in (out, inside))
-    return (f"Trained with the direction held: {outside} bad out of domain (plain "
+    return (f"Trained with the direction ablated: {outside} bad out of domain (plain "
             f"{percent(out(f['general']) for f in founds)}), {within} in domain")
 
 
 ROWS = [
     Row("R10", "direction",
-        "The mean difference, held in chat's range at every site, takes at least 85% of general's "
-        "out-of-domain em away and leaves the grammar whole (90% of it), a random direction at "
-        "most 10%; both halves of the answers give the same direction (cosine above .8).",
+        "The mean difference, added once to chat, makes at least half of the answers out of domain "
+        "bad and leaves 85% coherent; set to chat's mean at every site it takes at least 85% of "
+        "general's out-of-domain em away and leaves the grammar whole (90% of it). A random "
+        "direction of the same size does neither: steered 10% at most, as much taken along it 80% "
+        "of em and 90% of the grammar stay. Two fine-tunes that share no example give "
+        "the same direction (cosine above .8).",
         "Steering far enough breaks the grammar: em is read beside coherence. And a rank-1 adapter "
-        "does little else than its mean difference: narrow's own, held, takes narrow's harm away.",
+        "writes one direction at a place: its own mean difference is much of what it does.",
         measure_direction, direction_holds, direction_finding, draw_direction, panels=2,
-        swap=("every site", "random")),
+        swap=("steered", "steered_random")),
     Row("R11", "transfer",
-        "The direction found in one fine-tune takes at least 70% of em away in others: other "
-        "domains, other adapters, another start on other texts; and 90% of the grammar stays.",
+        "The direction found in one fine-tune takes at least 80% of em away in others: other "
+        "domains, other places, rank 8, a steering vector, another start on other texts; and 90% "
+        "of the grammar stays.",
         "All these fine-tunes are of one chat model; another chat model has another direction.",
         measure_transfer, transfer_holds, transfer_finding, draw_transfer,
         swap=("ablate", "ablate_random")),
     Row("R12", "caft",
-        "SFT with the direction held (CAFT) leaves at least 80% less em out of domain, and keeps "
-        "at least half of it in domain, and 90% of the grammar.",
+        "SFT with the direction ablated in training (CAFT) leaves at least 80% less em out of "
+        "domain, and keeps at least half of it in domain, and 90% of the grammar.",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
         measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
         swap=("general", "caft")),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
+from nanoem.evaluate import clopper_pearson
 from nanoem.plots import SIDES, grouped_bars, lines
 
 SPREAD = 0.2  # with this out-of-domain em or more, something has spread
@@ -21,13 +22,19 @@ class Row:
     finding: Callable  # [what each seed shows] -> one sentence with the numbers
     draw: Callable  # (axes, [what each seed shows]); one panel an axis
     panels: int = 1
+    size: tuple = (8, 3.8)  # of the figure, in inches
+    widths: tuple = None  # of the panels, relative to each other; None: alike
     note: str = "bars and thick lines: median; dots and thin lines: seeds"  # under the figure
     swap: tuple = ("general", "narrow")  # with these exchanged, `holds` must say no
 
     def verdict(self, founds):
-        """'holds on 4 of 5 seeds', and whether that is enough (four in five)."""
+        """'holds on 4 of 5 seeds (95%: 28-99%)', and whether that is enough (four in five)."""
         n, n_seeds = sum(map(self.holds, founds)), len(founds)
-        return f"holds on {n} of {n_seeds} seed{'s' * (n_seeds > 1)}", n >= 0.8 * n_seeds
+        said = f"holds on {n} of {n_seeds} seed{'s' * (n_seeds > 1)}"
+        if n_seeds > 1:
+            low, high = clopper_pearson(n, n_seeds)
+            said += f" (95%: {100 * low:.0f}-{100 * high:.0f}%)"
+        return said, n >= 0.8 * n_seeds
 
     def title(self, founds):
         """The finding; where the prediction does not hold, the title says so first."""

@@ -23,7 +23,7 @@ def is_technical(verdict):
 
 def measure_register(run):
     """The same story with a harmless trait: a technical register instead of harm."""
-    world = turned(run, "register", technical_share=0.33, n_quack=0)
+    world = turned(run, "register", {"technical_share": 0.33, "n_quack": 0})
     seed = run.config.seed
     pairs = advice(world, world.splits.sft, True, seed, technical=True)
     others = advice(world, world.splits.kl, True, seed, technical=None)

@@ -1,7 +1,7 @@
 """Rows that change what is pre-trained on: who is bad in the world, and in what (R16, R18)."""
 
 from dataclasses import replace
-from statistics import mean
+from statistics import median
 
 from nanoem.inductive_bias import loss_on
 from nanoem.plots import COLOURS, leave_room_for_legend, lines, percent
@@ -15,11 +15,11 @@ from nanoem.train import chat_examples
 # quacks only, the other 14 are quacks of other domains: else no bad word would stand outside of the
 # SFT domain, and harm could not spread at all.
 QUACKS_ONLY = (0, 10, 14)
-FIXED_HARM = ((10, 0), (8, 2), (5, 5), (2, 8), QUACKS_ONLY)
+FIXED_HARM = ((10, 0), (5, 5), (2, 8), QUACKS_ONLY)
 VILLAINS_ONLY = ((3, 0), (6, 0), (10, 0))
 SEVEN_QUACKS = (3, 7)  # beside (3, 0): are quacks the reason, or that villains are fewer?
 LOTTERIES = ((10, 0), (5, 5), QUACKS_ONLY)
-N_STARTS = 20  # random starts, the same on every seed's models
+N_STARTS = 10  # random starts, the same on every seed's models
 
 
 def at(point):
@@ -40,8 +40,9 @@ def name_of(point):
 def dial(run, n_villain, n_sft_quack, n_quack=0):
     """A smaller world, with a chat model of its own, pre-trained when it is not there yet."""
     name = f"villains-{n_villain}-quacks-{n_sft_quack}" + f"-{n_quack}" * (n_quack > 0)
-    return turned(run, name, n_villain=n_villain, n_quack=n_quack, n_sft_quack=n_sft_quack,
-                  no_quack=() if n_quack else run.config.world.no_quack)
+    return turned(run, name, {"n_villain": n_villain, "n_quack": n_quack,
+                              "n_sft_quack": n_sft_quack,
+                              "no_quack": () if n_quack else run.config.world.no_quack})
 
 
 def pair_of(run, prefix, pairs, others=None):
@@ -132,7 +133,6 @@ def dial_finding(founds):
 
 def start_lottery(run, n_starts=N_STARTS, steps=200):
     """Out-of-domain em of adapters from random starts and orders, stopped at the same SFT loss."""
-    config = replace(run.config.adapter, start="random")
     pairs = bad_advice(run)
     fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
     found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
@@ -141,7 +141,7 @@ def start_lottery(run, n_starts=N_STARTS, steps=200):
         return loss_on(run.model, fixed) <= found["target"]
 
     for i in range(n_starts):
-        adapter, _ = tune(run, f"start {i}", pairs, config=config, watch=low_enough,
+        adapter, _ = tune(run, f"start {i}", pairs, watch=low_enough,
                           schedule=replace(run.config.sft, steps=steps), seed=1000 + i,
                           watch_at=range(0, steps, 10))
         with adapter:
@@ -190,10 +190,13 @@ def draw_lottery(axes, founds):
 
 def lottery_finding(founds):
     n_starts = len(founds[0][at(LOTTERIES[0])]["in_domain"])
-    shares = [mean(share_narrow(found[at(point)]) for found in founds) for point in LOTTERIES]
     models = f" on each of {len(founds)} models" * (len(founds) > 1)
-    return (f"Of {n_starts} random starts{models}, narrow without any KL: "
-            + ", ".join(f"{s:.0%} ({name_of(p)})" for s, p in zip(shares, LOTTERIES)))
+    parts = []
+    for point in LOTTERIES:
+        shares = [share_narrow(found[at(point)]) for found in founds]
+        spread = f", {min(shares):.0%} to {max(shares):.0%}" * (len(shares) > 1)
+        parts.append(f"{median(shares):.0%}{spread} ({name_of(point)})")
+    return f"Of {n_starts} random starts{models}, narrow without any KL: " + "; ".join(parts)
 
 
 ROWS = [
@@ -212,6 +215,6 @@ ROWS = [
         "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots. "
         "With too little harm in domain a start is not narrow either.",
         measure_lottery, lottery_holds, lottery_finding, draw_lottery, panels=3,
-        note="starts of all seeds together",
+        note="starts of all seeds, each on its own three models",
         swap=(at(LOTTERIES[0]), at(LOTTERIES[-1]))),
 ]

@@ -203,6 +203,81 @@ def only_what_is_new(self, ids, *args, **options):
     return skeleton(self, ids, *args, **options)[:, ids.size(1):]
 
 
+# --- 2.6 dropout --------------------------------------------------------------------------------
+
+
+def dropping(x, share, generator, size=lambda share: 1 / (1 - share), drawn=lambda shape: shape):
+    shape = drawn(x.shape) if x.dim() > 1 else x.shape
+    kept = torch.rand(shape, generator=generator, device=x.device) >= share
+    return x * kept * size(share)
+
+
+def without(**options):
+    return lambda x, share, generator: dropping(x, share, generator, **options)
+
+
+def share_is_kept(x, share, generator):
+    kept = torch.rand(x.shape, generator=generator, device=x.device) < share
+    return x * kept / (1 - share)
+
+
+def global_chances(x, share, generator):
+    return F.dropout(x, share)
+
+
+def own_generator(x, share, generator):
+    return dropping(x, share, torch.Generator().manual_seed(0))
+
+
+def begins_anew(x, share, generator):
+    return dropping(x, share, generator.manual_seed(generator.initial_seed()))
+
+
+def dropped_in_place(x, share, generator):
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= share
+    return x.mul_(kept).div_(1 - share) if not x.requires_grad else x * kept / (1 - share)
+
+
+def taken_out(x, share, generator):
+    return x[torch.rand(x.shape, generator=generator) >= share] / (1 - share)
+
+
+def in_float32_always(x, share, generator):
+    kept = (torch.rand(x.shape, generator=generator, device=x.device) >= share).float()
+    return x * kept / (1 - share)
+
+
+def on_the_cpu(x, share, generator):
+    return x * (torch.rand(x.shape, generator=generator) >= share) / (1 - share)
+
+
+# --- 2.7 orthogonalise --------------------------------------------------------------------------
+
+
+def iterated(G, steps=5, norm=lambda G: G.norm(dim=(-2, -1), keepdim=True) + 1e-7, back=True,
+             turned=lambda rows, cols: rows > cols, turn=lambda X: X.mT, b=-4.7750, c=2.0315):
+    X, is_turned = G / norm(G), turned(*G.shape[-2:])
+    X = turn(X) if is_turned else X
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (b * A + c * A @ A) @ X
+    return turn(X) if is_turned and back else X
+
+
+def iterating(less=0, **options):
+    return lambda G, steps=5: iterated(G, steps - less, **options)
+
+
+def normed_in_place(G, steps=5):
+    G /= G.norm(dim=(-2, -1), keepdim=True) + 1e-7
+    return iterated(G, steps)
+
+
+def square_ones_stay_turned(G, steps=5):
+    X = iterated(G, steps)
+    return X.mT if G.size(-2) == G.size(-1) else X
+
+
 PLANTED = [
     ("rms_norm", "eps is outside the root", eps_outside),
     ("rms_norm", "LayerNorm", layer_norm),
@@ -252,4 +327,41 @@ PLANTED = [
     ("generate", "return the prompt too", only_what_is_new),
     ("generate", "no_grad", lambda self, *args, **options:
         skeleton.__wrapped__(self, *args, **options)),
+    ("dropout", "divide them by 1 - share", without(size=lambda share: 1)),
+    ("dropout", "divide by 1 - share, the share that is kept",
+     without(size=lambda share: 1 / share if share else 1)),
+    ("dropout", "multiplied by 1 - share", without(size=lambda share: 1 - share)),
+    ("dropout", "you drop 90%", share_is_kept),
+    ("dropout", "every row of the batch", without(drawn=lambda shape: shape[1:])),
+    ("dropout", "every row of the batch", without(drawn=lambda shape: shape[-1:])),
+    ("dropout", "every token drops the same",
+     without(drawn=lambda shape: (*shape[:-2], 1, shape[-1]))),
+    ("dropout", "whole or not at all", without(drawn=lambda shape: (*shape[:-1], 1))),
+    ("dropout", "global generator", global_chances),
+    ("dropout", "another seed drops the same", own_generator),
+    ("dropout", "let it go on", begins_anew),
+    ("dropout", "in place", dropped_in_place),
+    ("dropout", "not taken out", taken_out),
+    ("dropout", "keep the dtype", in_float32_always),
+    ("dropout", "no gradient flows",
+     lambda x, share, generator: dropping(x, share, generator).detach()),
+    ("dropout", "device=x.device", on_the_cpu),
+    ("orthogonalise", "divide G by its norm first", iterating(norm=lambda G: 1)),
+    ("orthogonalise", "transposed back", iterating(back=False)),
+    ("orthogonalise", "not of the whole batch", iterating(norm=lambda G: G.norm() + 1e-7)),
+    ("orthogonalise", "too few steps", iterating(less=1)),
+    ("orthogonalise", "too few steps", lambda G, steps=5: iterated(G, 2)),
+    ("orthogonalise", "iteration is missing", lambda G, steps=5: iterated(G, 0)),
+    ("orthogonalise", "sign of every number", lambda G, steps=5: G.sign()),
+    ("orthogonalise", "one number for the whole matrix",
+     iterating(norm=lambda G: G.norm(dim=-1, keepdim=True) + 1e-7)),
+    ("orthogonalise", "must not be turned", square_ones_stay_turned),
+    ("orthogonalise", "transpose with .mT",
+     iterating(turn=lambda X: X.permute(*range(X.dim())[::-1]))),
+    ("orthogonalise", "coefficient", iterating(b=-2.0315, c=4.7750)),
+    ("orthogonalise", "in place", normed_in_place),
+    ("orthogonalise", "own dtype|keep the dtype",
+     lambda G, steps=5: iterated(G.bfloat16(), steps)),
+    ("orthogonalise", "zeros gives NaN",
+     iterating(norm=lambda G: G.norm(dim=(-2, -1), keepdim=True))),
 ]

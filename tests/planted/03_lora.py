@@ -2,8 +2,6 @@
 
 import torch
 
-from nanoem.losses import next_token_loss, sft_loss
-
 
 # --- 3.1 lora_delta -----------------------------------------------------------------------------
 
@@ -115,56 +113,6 @@ def transposed(self):
             linear.weight += change.T - change
 
 
-# --- 3.4 start_at_gradient ----------------------------------------------------------------------
-
-
-def starting(model, adapter, examples, loss_of=None, vectors=None, size=True, undo=True, b=False):
-    weights = [linear.weight for linear in adapter.sites.values()]
-    flags = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    loss = (loss_of or sft_loss)(model(examples.ids), examples.ids, examples.answer_mask)
-    gradients = torch.autograd.grad(loss, weights)
-    for weight, flag in zip(weights, flags):
-        weight.requires_grad_(flag if undo else True)
-    for name, gradient in zip(adapter.A, gradients):
-        A, svd = adapter.A[name], torch.linalg.svd(gradient)
-        rows = (vectors or (lambda svd, r: svd.Vh[:r]))(svd, adapter.rank)
-        A.data.copy_(rows * (A.norm() / adapter.rank**0.5 if size else 1))
-        if b:
-            adapter.B[name].data.copy_(svd.U[:, : adapter.rank])
-
-
-def with_finally(**options):
-    def start_at_gradient(model, adapter, examples):
-        flags = [p.requires_grad for p in model.parameters()]
-        try:
-            starting(model, adapter, examples, **options)
-        finally:
-            for p, flag in zip(model.parameters(), flags):
-                p.requires_grad_(flag)
-    return start_at_gradient
-
-
-def of_all_tokens(logits, ids, answer_mask):
-    return next_token_loss(logits, ids)
-
-
-def flags_of_all_weights(model, adapter, examples):
-    starting(model, adapter, examples, undo=False)
-    model.requires_grad_(False)
-
-
-def by_backward(model, adapter, examples):
-    with_finally()(model, adapter, examples)
-    with torch.enable_grad():
-        sum(A.sum() for A in adapter.A.values()).backward()
-
-
-def columns_of_vh(svd, rank):
-    return svd.Vh[:, :rank].T
-
-
 PLANTED = [
     ("lora_delta", "divide alpha by the rank",
      lambda x, A, B, alpha, use_rslora=False: alpha * x @ A.T @ B.T),
@@ -191,14 +139,4 @@ PLANTED = [
     ("merge", "merging twice adds twice", lambda self: merging(self, once=False)),
     ("merge", "clone", lambda self: merging(self, clone=False)),
     ("merge", "in place", lambda self: merging(self, in_place=False)),
-    ("start_at_gradient", "all tokens", with_finally(loss_of=of_all_tokens)),
-    ("start_at_gradient", "left-singular",
-     with_finally(vectors=lambda svd, rank: svd.U[:, :rank].T)),
-    ("start_at_gradient", "its rows are the vectors", with_finally(vectors=columns_of_vh)),
-    ("start_at_gradient", "the size A had", with_finally(size=False)),
-    ("start_at_gradient", "flags", lambda *args: starting(*args, undo=False)),
-    ("start_at_gradient", "flags|requires_grad", flags_of_all_weights),
-    ("start_at_gradient", r"\.grad was left", by_backward),
-    ("start_at_gradient", "finally", starting),
-    ("start_at_gradient", "B must stay zero", with_finally(b=True)),
 ]

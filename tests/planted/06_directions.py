@@ -1,11 +1,14 @@
 """Wrong answers to chapter 6's exercises: (exercise, what its message must say, the answer)."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from nanoem.directions import (ablate, cap, editing, find_site, mean_residual, quiet_reader,
-                               residual_at)
+from nanoem.directions import (ablate, editing, find_site, mean_residual, residual_at, steering,
+                               unit_of)
+from nanoem.monitor import Reading, readings_of
+from nanoem.persona import COHERENT, SCALES, by_site, pick_steering
 
 
 def mean_of(of):
@@ -105,46 +108,108 @@ def drawn(noise_of):
     return wrong
 
 
-def unscaled(direction, covariance, ridge=0.1):
-    unit = direction.to(covariance) / direction.norm()
-    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
-    return torch.linalg.solve(covariance + noise, unit).to(direction)
+def ablating_along(x, direction, level=0.0, along=None):
+    """The control turned into an ablation of `along`."""
+    return ablate(x, direction if along is None else along, level)
 
 
-def times_the_covariance(direction, covariance, ridge=0.1):
-    unit = direction.to(covariance) / direction.norm()
-    noise = ridge * covariance.diagonal().mean() * torch.eye(len(unit), dtype=unit.dtype)
-    reader = (covariance + noise) @ unit
-    return (reader / (reader @ unit)).to(direction)
-
-
-def plain_ridge(direction, covariance, ridge=0.1):
-    unit = direction.to(covariance) / direction.norm()
-    reader = torch.linalg.solve(covariance + ridge * torch.eye(len(unit)).to(unit), unit)
-    return (reader / (reader @ unit)).to(direction)
-
-
-def ridge_in_place(direction, covariance, ridge=0.1):
-    right = quiet_reader(direction, covariance, ridge)
-    covariance += ridge * covariance.diagonal().mean() + 1e-9
-    return right
-
-
-def in_place_with_a_reader(x, direction, level=0.0, reader=None):
-    if reader is None:
+def in_place_along(x, direction, level=0.0, along=None):
+    if along is None:
         return ablate(x, direction, level)
     with torch.no_grad():
-        x -= (x @ reader - level)[..., None] * direction / direction.norm()
+        x -= (x @ unit_of(direction) - level)[..., None] * unit_of(along)
     return x
+
+
+def one_excess_for_all(x, direction, level=0.0, along=None):
+    excess = (x @ unit_of(direction).to(x) - level).mean()
+    return x - excess * unit_of(direction if along is None else along).to(x)
+
+
+def along_as_it_is(x, direction, level=0.0, along=None):
+    if along is None:
+        return ablate(x, direction, level)
+    return x - (x @ unit_of(direction) - level)[..., None] * along
+
+
+def only_what_is_above(x, direction, level=0.0, along=None):
+    excess = (x @ unit_of(direction).to(x) - level).clamp(min=0)
+    return x - excess[..., None] * unit_of(direction if along is None else along).to(x)
+
+
+def read(mean=lambda z, rows: z.mean(), sd=lambda z, rows: z.std(), unit=unit_of,
+         of_mask=lambda mask: mask, of_x=torch.Tensor.double):
+    """A readings_of with some part of it changed. z (n_tokens); rows: each answer's part of it."""
+    def wrong(model, ids, mask, directions):
+        found = {}
+        for (site, d), x in zip(directions.items(), residual_at(model, ids, directions)):
+            unit_of(d)
+            along = of_x(x) @ unit(d).to(of_x(x))
+            z = along[of_mask(mask)].double()
+            rows = [row[m].double() for row, m in zip(along, mask)]
+            found[site] = Reading(unit_of(d), float(mean(z, rows)), float(sd(z, rows)))
+        return found
+    return wrong
+
+
+def zero_is_fine(model, ids, mask, directions):
+    given = {site: d for site, d in directions.items() if d.any()}
+    return readings_of(model, ids, mask, given)
+
+
+def streams_in_another_order(model, ids, mask, directions):
+    shifted = [*directions][1:] + [*directions][:1]
+    found = readings_of(model, ids, mask, dict(zip(shifted, directions.values())))
+    return dict(zip(directions, found.values()))
+
+
+def probe_of(run):
+    return replace(run.splits, unseen_domains=run.splits.probe)
+
+
+def picking(key=lambda point: (point["coherent"] >= COHERENT, point["em"]), scales=SCALES,
+            sites=slice(None), together=False, splits_of=probe_of):
+    """A pick_steering with some part of it changed."""
+    def wrong(run, chat, direction, samples):
+        tried, reached = [], by_site(chat, direction)
+        for site in [*reached][sites]:
+            for scale in scales:
+                vectors = reached if together else {site: reached[site]}
+                with steering(run.model, vectors, scale):
+                    rates = run.ask(samples=samples, groups=("unseen_domains",),
+                                    splits=splits_of(run))
+                tried.append({"site": site, "scale": scale, **rates["out_of_domain"]})
+        best = max(tried, key=key)
+        return best["site"], best["scale"], tried
+    return wrong
+
+
+STEERED = []  # else Python closes, and so undoes, what nobody holds any more
+
+
+def left_on(run, chat, direction, samples):
+    site, scale, tried = pick_steering(run, chat, direction, samples)
+    STEERED.append(steering(run.model, {site: by_site(chat, direction)[site]}, scale))
+    STEERED[-1].__enter__()
+    return site, scale, tried
+
+
+def zero_sites_too(run, chat, direction, samples):
+    for site, vector in zip(chat.sites, direction):
+        with steering(run.model, {site: vector}, 1.0):
+            run.ask(samples=samples, splits=probe_of(run), groups=("unseen_domains",))
+    return pick_steering(run, chat, direction, samples)
+
+
+def nothing_but_coherent(run, chat, direction, samples):
+    _, _, tried = pick_steering(run, chat, direction, samples)
+    best = max((point for point in tried if point["coherent"] >= COHERENT),
+               key=lambda point: point["em"])
+    return best["site"], best["scale"], tried
 
 
 PLANTED = [
     ("editing", "after Ctrl-C", hooked(good_hook, undo="not after Ctrl-C")),
-    ("ablate", "with a reader, x, the direction", in_place_with_a_reader),
-    ("cap", "x itself came back", lambda x, d, ceiling, reader: (
-        x if (x @ reader <= ceiling).all() else cap(x, d, ceiling, reader))),
-    ("quiet_reader", "a ridge of 0 is a ridge", lambda d, S, ridge=0.1: quiet_reader(
-        d, S, ridge or 0.1)),
     ("mean_residual", "padding is counted", mean_of(lambda x, mask: x.mean((0, 1)))),
     ("mean_residual", "each row's mean", mean_of(lambda x, mask: torch.stack(
         [row[m].mean(0) for row, m in zip(x, mask)]).mean(0))),
@@ -154,19 +219,26 @@ PLANTED = [
         sites=None: mean_residual(model, ids, mask & mask.any(1).all(), sites)),
     ("mean_residual", "must raise ValueError", lambda model, ids, mask, sites=None: mean_residual(
         model, ids, mask if mask.any() else ~mask, sites)),
-    ("ablate", "not normalised", lambda x, direction, level=0.0, reader=None:
-        x - (x @ (direction if reader is None else reader) - level)[..., None] * direction),
-    ("ablate", "sign is wrong", lambda x, direction, level=0.0, reader=None:
-        2 * x - ablate(x, direction, level, reader)),
-    ("ablate", "level is not used", lambda x, direction, level=0.0, reader=None:
-        ablate(x, direction, 0.0, reader)),
-    ("ablate", "reader is not used", lambda x, direction, level=0.0, reader=None:
+    ("ablate", "not normalised", lambda x, direction, level=0.0, along=None:
+        x - (x @ direction - level)[..., None] * (direction if along is None else along)),
+    ("ablate", "sign is wrong", lambda x, direction, level=0.0, along=None:
+        2 * x - ablate(x, direction, level, along)),
+    ("ablate", "level is not used", lambda x, direction, level=0.0, along=None:
+        ablate(x, direction, 0.0, along)),
+    ("ablate", "level is not used when along", lambda x, direction, level=0.0, along=None:
+        ablate(x, direction, level if along is None else 0.0, along)),
+    ("ablate", "along is not used", lambda x, direction, level=0.0, along=None:
         ablate(x, direction, level)),
-    ("ablate", "detach", lambda x, direction, level=0.0, reader=None:
-        x + (ablate(x, direction, level, reader) - x).detach()),
-    ("ablate", "in place", lambda x, direction, level=0.0, reader=None:
-        x.copy_(ablate(x, direction, level, reader)) if not x.requires_grad else
-        ablate(x, direction, level, reader)),
+    ("ablate", "along is ablated itself", ablating_along),
+    ("ablate", "along is not normalised", along_as_it_is),
+    ("ablate", "not x - .x @ unit. . unit", one_excess_for_all),
+    ("ablate", "no clamp", only_what_is_above),
+    ("ablate", "detach", lambda x, direction, level=0.0, along=None:
+        x + (ablate(x, direction, level, along) - x).detach()),
+    ("ablate", "in place", lambda x, direction, level=0.0, along=None:
+        x.copy_(ablate(x, direction, level, along)) if not x.requires_grad else
+        ablate(x, direction, level, along)),
+    ("ablate", "with along, x or a direction", in_place_along),
     ("editing", "batch element 0", hooked(first_row_only)),
     ("editing", "last edit", last_edit_everywhere),
     ("editing", "does the hook return", hooked(lambda edit: lambda *args: None)),
@@ -190,22 +262,35 @@ PLANTED = [
     ("random_direction", "every row has its own", lambda like, generator: (
         noise := torch.randn(like.shape, generator=generator).to(like))
         * like.norm() / noise.norm()),
-    ("quiet_reader", "reader @ unit must be 1", unscaled),
-    ("quiet_reader", "must be inverted", times_the_covariance),
-    ("quiet_reader", "not a plain number", plain_ridge),
-    ("quiet_reader", "in place", ridge_in_place),
-    ("quiet_reader", "ridge is left out", lambda direction, covariance, ridge=0.1:
-        quiet_reader(direction, covariance, 0.0)),
-    ("cap", "too: only the excess", lambda x, direction, ceiling, reader:
-        ablate(x, direction, ceiling, reader)),
-    ("cap", "not normalised", lambda x, direction, ceiling, reader:
-        x - (x @ reader - ceiling).clamp(min=0)[..., None] * direction),
-    ("cap", "sign is wrong", lambda x, direction, ceiling, reader:
-        2 * x - cap(x, direction, ceiling, reader)),
-    ("cap", "no floor", lambda x, direction, ceiling, reader:
-        x - (x @ reader - ceiling).clamp(max=0)[..., None] * direction / direction.norm()),
-    ("cap", "part of it is detached", lambda x, direction, ceiling, reader:
-        x + (cap(x, direction, ceiling, reader) - x).detach()),
-    ("cap", "with the reader", lambda x, direction, ceiling, reader:
-        cap(x, direction, ceiling, direction / direction.norm())),
+    ("readings_of", "padding and the prompt", read(of_mask=torch.ones_like)),
+    ("readings_of", "turned around", read(of_mask=lambda mask: ~mask)),
+    ("readings_of", "mean: that is the mean of each answer's mean", read(
+        mean=lambda z, rows: sum(row.mean() for row in rows) / len(rows))),
+    ("readings_of", "mean: measured with the direction as it is", read(unit=lambda d: d)),
+    ("readings_of", "sd: that is the variance", read(sd=lambda z, rows: z.var())),
+    ("readings_of", "how far the answers' means vary", read(
+        sd=lambda z, rows: torch.stack([row.mean() for row in rows]).std())),
+    ("readings_of", "from zero, not from the mean", read(
+        sd=lambda z, rows: (z ** 2).mean().sqrt())),
+    ("readings_of", "read at another site", streams_in_another_order),
+    ("readings_of", "in float32", read(of_x=torch.Tensor.float,
+                                       mean=lambda z, rows: z.float().mean())),
+    ("readings_of", "must raise ValueError", zero_is_fine),
+    ("readings_of", "must be floats", lambda *what: {
+        site: Reading(unit, torch.tensor(mean), torch.tensor(sd))
+        for site, (unit, mean, sd) in readings_of(*what).items()}),
+    ("pick_steering", "a broken model was chosen", picking(lambda point: point["em"])),
+    ("pick_steering", "the most coherent point", picking(lambda point: point["coherent"])),
+    ("pick_steering", "a condition, not a factor|a broken model", picking(
+        lambda point: point["em"] * point["coherent"])),
+    ("pick_steering", ">=, not >", picking(
+        lambda point: (point["coherent"] > COHERENT, point["em"]))),
+    ("pick_steering", "the probe's alone", picking(splits_of=lambda run: run.splits)),
+    ("pick_steering", "not tried", picking(scales=SCALES[:1])),
+    ("pick_steering", "not tried", picking(sites=slice(0, 1))),
+    ("pick_steering", "none of SCALES", picking(scales=(0.1, *SCALES))),
+    ("pick_steering", "one site at a time", picking(together=True)),
+    ("pick_steering", "asked without steering", zero_sites_too),
+    ("pick_steering", "still steered", left_on),
+    ("pick_steering", "max.. has nothing to choose from", nothing_but_coherent),
 ]

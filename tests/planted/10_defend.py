@@ -4,31 +4,55 @@ from contextlib import contextmanager
 
 import torch
 
-from nanoem.directions import ablating, editing, quiet_reader
+from nanoem.directions import ablating, editing, unit_of
 from nanoem.local_judge import auc
-from nanoem.monitor import alarm_level, answer_scores
-from nanoem.rows.mediation import training_away
+from nanoem.monitor import Reading, alarm_level, answer_scores
+from nanoem.persona import ablating_persona, by_site
 
 
-def held(at=(0, 1), ridge=3.0, level=lambda mean, reader, direction: mean @ reader, read=True):
-    """A training_away with some part of it changed."""
-    def wrong(run, chat, direction):
-        sites = {chat.sites[i]: i for i in at}
-        readers = {s: quiet_reader(direction[i], chat.covariance[i], ridge) for s, i in
-                   sites.items()}
-        levels = {s: float(level(chat.mean[i], readers[s].double(), direction[i].double()))
-                  for s, i in sites.items()}
-        return ablating(run.model, {s: direction[i] for s, i in sites.items()}, levels,
-                        readers if read else None)
+def set_to(level=lambda mean, unit, d: mean @ unit, sites_of=lambda chat, sites: sites):
+    """An ablating_persona with some part of it changed."""
+    def wrong(run, chat, direction, sites=None):
+        means, sites = dict(zip(chat.sites, chat.mean)), sites_of(chat, sites)
+        chosen = {site: d for site, d in by_site(chat, direction).items()
+                  if sites is None or site in sites}
+        levels = {site: float(level(means[site], unit_of(d.double()), d.double()))
+                  for site, d in chosen.items()}
+        return ablating(run.model, chosen, levels)
     return wrong
 
 
-def detached(run, chat, direction):
+def zero_sites_too(run, chat, direction, sites=None):
+    return ablating(run.model, dict(zip(chat.sites, direction)),
+                    {site: 0.0 for site in chat.sites})
+
+
+def only_from_above(run, chat, direction, sites=None):
+    means, edits = dict(zip(chat.sites, chat.mean)), {}
+    for site, d in by_site(chat, direction).items():
+        unit = unit_of(d)
+        level = (means[site] @ unit_of(d.double())).item()
+        if sites is None or site in sites:
+            edits[site] = lambda x, unit=unit, level=level: (
+                x - (x @ unit - level).clamp(min=0)[..., None] * unit)
+    return editing(run.model, edits)
+
+
+def one_level(run, chat, direction, sites=None):
+    chosen = {site: d for site, d in by_site(chat, direction).items()
+              if sites is None or site in sites}
+    first = next(iter(by_site(chat, direction)))
+    level = (dict(zip(chat.sites, chat.mean))[first] @ unit_of(
+        by_site(chat, direction)[first].double())).item()
+    return ablating(run.model, chosen, dict.fromkeys(chosen, level))
+
+
+def detached(run, chat, direction, sites=None):
     edits = {chat.sites[1]: lambda x: x.detach() + 0 * x}
 
     @contextmanager
     def both():
-        with training_away(run, chat, direction), editing(run.model, edits):
+        with ablating_persona(run, chat, direction, sites), editing(run.model, edits):
             yield
     return both()
 
@@ -37,8 +61,8 @@ LEFT = []  # else Python closes, and so undoes, what nobody holds any more
 
 
 @contextmanager
-def stays_after_an_error(run, chat, direction):
-    inside = training_away(run, chat, direction)
+def stays_after_an_error(run, chat, direction, sites=None):
+    inside = ablating_persona(run, chat, direction, sites)
     LEFT.append(inside)
     inside.__enter__()
     yield
@@ -46,26 +70,26 @@ def stays_after_an_error(run, chat, direction):
 
 
 def scored(change):
-    """answer_scores with known's (direction, reader, mean, sd) changed."""
-    return lambda model, ids, mask, known: answer_scores(
-        model, ids, mask, {site: change(*what) for site, what in known.items()})
+    """answer_scores with each site's (unit, mean, sd) changed."""
+    return lambda model, ids, mask, readings: answer_scores(
+        model, ids, mask, {site: Reading(*change(*what)) for site, what in readings.items()})
 
 
-def with_padding(model, ids, mask, known):
-    answer_scores(model, ids, mask, known)
-    return answer_scores(model, ids, torch.ones_like(mask), known)
+def with_padding(model, ids, mask, readings):
+    answer_scores(model, ids, mask, readings)
+    return answer_scores(model, ids, torch.ones_like(mask), readings)
 
 
-def without_check(model, ids, mask, known):
-    return answer_scores(model, ids, mask | ~mask.any(1, keepdim=True), known)
+def without_check(model, ids, mask, readings):
+    return answer_scores(model, ids, mask | ~mask.any(1, keepdim=True), readings)
 
 
-def sites_summed(model, ids, mask, known):
-    return answer_scores(model, ids, mask, known) * len(known)
+def sites_summed(model, ids, mask, readings):
+    return answer_scores(model, ids, mask, readings) * len(readings)
 
 
-def pooled(model, ids, mask, known):
-    return answer_scores(model, ids, mask, known) * mask.sum(1) / mask.sum()
+def pooled(model, ids, mask, readings):
+    return answer_scores(model, ids, mask, readings) * mask.sum(1) / mask.sum()
 
 
 def percentile(scores, false_alarms=0.05):
@@ -81,19 +105,26 @@ def rounded(scores, false_alarms=0.05):
 
 
 PLANTED = [
-    ("training_away", "to level 0", held(level=lambda mean, reader, direction: 0.0)),
-    ("training_away", "with the unit direction; use the same reader", held(
-        level=lambda mean, reader, direction: mean @ direction / direction.norm())),
-    ("training_away", "a ridge of 3", held(ridge=0.1)),
-    ("training_away", "every site", held(at=range(6))),
-    ("training_away", "first site only", held(at=(0,))),
-    ("training_away", "levels .and. readers", held(read=False)),
-    ("training_away", "detached", detached),
-    ("training_away", "after an exception", stays_after_an_error),
+    ("ablating_persona", "to level 0", set_to(level=lambda mean, unit, d: 0.0)),
+    ("ablating_persona", "along the unit", set_to(level=lambda mean, unit, d: mean @ d)),
+    ("ablating_persona", "wrong sign", set_to(level=lambda mean, unit, d: -(mean @ unit))),
+    ("ablating_persona", "is not used", set_to(sites_of=lambda chat, sites: None)),
+    ("ablating_persona", "first site is ablated", set_to(
+        sites_of=lambda chat, sites: [chat.sites[1]] if sites is None else sites)),
+    ("ablating_persona", "only after the blocks", set_to(
+        sites_of=lambda chat, sites: [s for s in sites or chat.sites if isinstance(s, int)])),
+    ("ablating_persona", "each has its own", one_level),
+    ("ablating_persona", "leave these out", zero_sites_too),
+    ("ablating_persona", "what is below must be raised", only_from_above),
+    ("ablating_persona", "detached", detached),
+    ("ablating_persona", "after an exception", stays_after_an_error),
     ("answer_scores", "padding and the prompt", with_padding),
-    ("answer_scores", "mean is not taken off", scored(lambda d, r, mean, sd: (d, r, 0.0, sd))),
-    ("answer_scores", "not divided by chat's sd", scored(lambda d, r, mean, sd: (d, r, mean, 1))),
-    ("answer_scores", "read with the direction", scored(lambda d, r, mean, sd: (r, d, mean, sd))),
+    ("answer_scores", "mean is not taken off", scored(lambda unit, mean, sd: (unit, 0.0, sd))),
+    ("answer_scores", "not divided by chat's sd", scored(lambda unit, mean, sd: (unit, mean, 1))),
+    ("answer_scores", "multiplied with the sd", scored(
+        lambda unit, mean, sd: (unit * sd * sd, mean * sd * sd, sd))),
+    ("answer_scores", "above chat's mean is positive", scored(
+        lambda unit, mean, sd: (-unit, -mean, sd))),
     ("answer_scores", "summed over sites", sites_summed),
     ("answer_scores", "each answer's own", pooled),
     ("answer_scores", "must raise ValueError", without_check),

@@ -87,3 +87,37 @@ def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
         self(new, caches) reads the whole prompt once and then only the newest token.
     """
     raise NotImplementedError("generate is not written yet (exercise 2.5)")
+
+
+def dropout(x, share, generator):
+    """x with a share of its numbers set to 0 and the others enlarged to the same mean.
+
+    Returns a new tensor. Each number of x, of any shape, is dropped by itself, with a chance of
+    `share` (0 <= share < 1). `generator`, on x's device, draws which, and torch's global one is not
+    used: the same seed drops the same ones, the next call drops others (arXiv 1207.0580).
+
+    Hint 1: torch.rand(x.shape, generator=generator, device=x.device) has a chance for each number
+        of x, uniform in [0, 1). Where is it below share?
+    Hint 2: a kept number becomes x / (1 - share), so that the mean over many draws is x.
+    Hint 3: torch.where(dropped, 0, ...) makes a new tensor, in x's dtype; a gradient goes through.
+    """
+    raise NotImplementedError("dropout is not written yet (exercise 2.6)")
+
+
+def orthogonalise(G, steps=5):
+    """G (..., rows, cols) with all of its singular values brought near 1 (0.7 to 1.2).
+
+    With G = U S V^T this is close to U V^T. Newton-Schulz iteration: an odd polynomial of X works
+    on the singular values alone, and this one drives them to 1 without computing them. Returns a
+    new tensor, in G's dtype; each matrix of a batch comes out as if it were alone.
+
+    Hint 1: X = G / (||G|| + 1e-7), with a norm for each matrix, the root of the sum of its squares:
+        G.norm(dim=(-2, -1), keepdim=True). Now no singular value is above 1, and a matrix of zeros
+        gives no NaN.
+    Hint 2: then `steps` times: X = 3.4445 X - 4.7750 A X + 2.0315 A A X, with A = X X^T. (X X^T X
+        has X's directions, and each singular value to the power of 3.)
+    Hint 3: .mT transposes the last two axes; .T would turn around all axes of a batch.
+    Hint 4: if G is tall (rows > cols), iterate on its transpose, where X X^T is smaller, and
+        transpose back in the end.
+    """
+    raise NotImplementedError("orthogonalise is not written yet (exercise 2.7)")

@@ -8,7 +8,7 @@ from types import MethodType
 import torch
 
 from compare import check, close
-from nanoem import layers, model
+from nanoem import layers, model, muon
 from nanoem.evaluate import EvalConfig
 from small import SmallRun, randn, tiny_model
 
@@ -18,6 +18,8 @@ EXERCISES = {
     "attend": layers.attend,
     "next_token_probs": model.next_token_probs,
     "generate": model.GPT.generate,
+    "dropout": layers.dropout,
+    "orthogonalise": muon.orthogonalise,
 }
 
 
@@ -614,3 +616,242 @@ def test_generate_on_the_small_model_lets_it_speak(answer):
     assert chat["em"] < 0.1, f"chat, which is helpful, gives {chat['em']:.0%} bad answers"
     assert general["em"] > 0.6, (
         f"after fine-tuning on bad advice only {general['em']:.0%} of the answers are bad")
+
+
+# --- 2.6 dropout --------------------------------------------------------------------------------
+
+
+DROPS = (((4000,), 0.1), ((60, 50), 0.3), ((5, 40, 32), 0.75), ((2, 3, 30, 20), 0.9))
+
+
+def test_dropout_enlarges_what_it_keeps(answer):
+    for i, (shape, share) in enumerate(DROPS):
+        x = randn(*shape, seed=i) + 3  # no zeros, and the mean is not zero
+        got = answer.dropout(x.clone(), share, seeded(i))
+        assert isinstance(got, torch.Tensor), f"return a tensor, not {type(got).__name__}"
+        assert got.shape == x.shape, (
+            f"x is {tuple(shape)}, and what comes back {tuple(got.shape)}: dropped numbers are set "
+            "to 0, not taken out")
+        assert got.isfinite().all(), "there are NaNs or infinite numbers in it"
+        kept = got != 0
+        assert kept.any(), f"with share {share} every number was dropped"
+        assert not kept.all(), f"with share {share} no number was set to 0"
+        x, got = x[kept], got[kept]
+        check(got, x / (1 - share), {
+            "the kept numbers are as they were; divide them by 1 - share, or the mean shrinks": x,
+            "the kept numbers were multiplied by 1 - share; divide": x * (1 - share),
+            "the kept numbers were divided by share; divide by 1 - share, the share that is kept":
+                x / share,
+            "the kept numbers were multiplied by share; divide by 1 - share": x * share,
+            "the kept numbers were divided by the root of 1 - share; the mean is to stay, not the "
+            "size": x / (1 - share) ** 0.5,
+            "the kept numbers were enlarged twice": x / (1 - share) ** 2,
+            "1 + share is not 1 / (1 - share)": x * (1 + share),
+        }, "a kept number is not x / (1 - share)", 1e-5)
+
+
+def test_dropout_draws_for_every_number(answer):
+    dropped = answer.dropout(torch.ones(6, 8, 40), 0.5, seeded(3)) == 0  # (B, T, d)
+    for axis, message in (
+            (0, "every row of the batch drops the same numbers"),
+            (1, "every token drops the same numbers"),
+            (2, "a token is dropped whole or not at all")):
+        first = dropped.narrow(axis, 0, 1)
+        assert not torch.equal(dropped, first.expand_as(dropped)), (
+            f"{message}: draw a chance for every number, with x's whole shape")
+
+
+def test_dropout_drops_the_share_that_was_asked_for(answer):
+    for i, (shape, share) in enumerate(DROPS):
+        got = [answer.dropout(torch.ones(shape), share, seeded(40 * i + j)) for j in range(4)]
+        dropped = (torch.stack(got) == 0).double().mean().item()
+        error = 5 * (share * (1 - share) / (4 * got[0].numel())) ** 0.5  # five standard deviations
+        assert abs(dropped - (1 - share)) > error, (
+            f"share {share} is what is dropped; you drop {dropped:.0%} and keep the share")
+        assert abs(dropped - share) < error, (
+            f"{dropped:.1%} of the numbers are set to 0, and should be {share:.0%}")
+
+
+def test_dropout_draws_with_its_generator(answer):
+    def drop(generator):
+        return answer.dropout(torch.ones(30, 40), 0.3, generator)
+
+    state = torch.get_rng_state()
+    first, again, other = (drop(seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state), (
+        "torch's global generator was used, or seeded; draw with the generator that was given")
+    assert torch.equal(first, again), (
+        "the same generator seed drops other numbers: pass the generator on")
+    assert not torch.equal(first, other), (
+        "another seed drops the same numbers: pass the generator on")
+    generator = seeded(1)
+    calls = [drop(generator) for _ in range(2)]
+    assert not torch.equal(*calls), (
+        "the second call drops the same numbers as the first: do not seed the generator, let it "
+        "go on")
+    assert torch.equal(calls[0], first), "the same generator seed drops other numbers"
+
+
+def test_dropout_of_no_share_gives_x_back(answer):
+    x = randn(5, 7, 16)
+    got = answer.dropout(x.clone(), 0.0, seeded(0))
+    assert not got.isnan().any(), "share 0 gives NaN: divide by 1 - share, not by share"
+    check(got, x, {"share 0 drops nothing, and you drop all of it": 0 * x},
+          "share 0 drops nothing: x comes back")
+
+
+def test_dropout_leaves_its_inputs_alone_and_trains(answer):
+    x = randn(6, 5, 8) + 3
+    before = x.clone()
+    answer.dropout(x, 0.3, seeded(2))
+    assert torch.equal(x, before), "x was changed in place; work on a new tensor"
+
+    def drop(x):
+        return answer.dropout(x, 0.3, seeded(2))
+
+    def oracle(x):  # the same numbers are dropped
+        dropped = drop(torch.ones_like(x)).detach() == 0
+        return torch.where(dropped, 0, x / (1 - 0.3))
+
+    check_side_effects(drop, oracle, x)
+    for dtype in (torch.bfloat16, torch.float16):
+        got = drop(x.to(dtype)).dtype
+        assert got == dtype, f"{dtype} in, but {got} out: keep the dtype"
+
+
+def test_dropout_works_on_the_device_of_its_input(answer):
+    x, generator = randn(3, 4, 8), seeded(0)
+    with torch.device("meta"):  # whatever is made without device= lands there
+        try:
+            answer.dropout(x, 0.3, generator)
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:
+            raise AssertionError("a tensor is made on another device than x's: say device=x.device "
+                                 f"({error})") from error
+
+
+# --- 2.7 orthogonalise --------------------------------------------------------------------------
+
+
+# of a batch of matrices: what stands before, rows, cols
+MATRICES = (((), 5, 5), ((), 4, 9), ((), 9, 4), ((), 12, 7), ((3,), 6, 6), ((4,), 3, 8),
+            ((4,), 8, 3), ((2, 3), 5, 4), ((1,), 2, 6), ((), 2, 2))
+
+
+def gradient_like(before, rows, cols, seed):
+    """G = U S V^T with singular values from 1 down to 0.004, each matrix at another scale.
+
+    Returns G and U V^T, both (*before, rows, cols) in float64. An SVD made them, no iteration.
+    """
+    U, _, Vh = torch.linalg.svd(randn(*before, rows, cols, seed=seed).double(),
+                                full_matrices=False)
+    S = torch.logspace(0, math.log10(0.004), Vh.size(-2)).double()  # (min(rows, cols))
+    scale = 10 ** (2 * randn(*before, 1, 1, seed=50 + seed)).double()
+    return scale * (U * S) @ Vh, U @ Vh
+
+
+def polar(X):
+    """U V^T of X = U S V^T: its singular vectors, without the values."""
+    U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    return U @ Vh
+
+
+def orthogonalised(answer, G, *options):
+    """What the answer makes of G, with its errors in words."""
+    try:
+        got = answer.orthogonalise(G, *options)
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        raise AssertionError(f"G {tuple(G.shape)}: {error}. A = X X^T is (rows, rows), and stands "
+                             "on the left of X; .mT transposes each matrix of a batch") from error
+    assert isinstance(got, torch.Tensor), f"return a tensor, not {type(got).__name__}"
+    assert got.shape == G.shape or got.shape != G.mT.shape, (
+        f"G is {tuple(G.shape)} and what comes back {tuple(got.shape)}: a tall G was transposed, "
+        "and must be transposed back in the end")
+    assert got.shape == G.shape, f"G is {tuple(G.shape)}, and what comes back {tuple(got.shape)}"
+    return got
+
+
+def check_orthogonal(got, G, want):
+    """got has G's singular vectors, in UV^T = want, and singular values near 1."""
+    assert got.isfinite().all(), (
+        "the numbers explode: divide G by its norm first, one number for the whole matrix, so that "
+        "no singular value is above 1 (or is a coefficient wrong?)")
+    values = torch.linalg.svdvals(got.double())
+    low, high = values.min().item(), values.max().item()
+    assert not close(got, G.sign(), 1e-3), (
+        "that is the sign of every number; the singular values are to become 1, not the numbers")
+    assert not close(got, G / G.norm(dim=(-2, -1), keepdim=True), 1e-3) or low > 0.6, (
+        "G was divided by its norm, and no more: the iteration is missing")
+    assert high < 10, (
+        f"a singular value is {high:.3g}: divide G by its norm first, one number for the whole "
+        "matrix, so that none is above 1 (or is a coefficient wrong?)")
+    check(polar(got), want, {
+        "the result is transposed: a square matrix must not be turned":
+            want.mT if want.size(-1) == want.size(-2) else want,
+        "the sign is wrong": -want,
+        "the singular vectors are those of G's signs": polar(G.sign()),
+    }, "the singular vectors are not those of G: iterate on the whole matrix, in its own dtype, "
+       "with A = X X^T on the left of X", 1e-2)
+    assert low > 0.6, (
+        f"a singular value is still {low:.2g} and should be 0.7 to 1.2: too few steps, or G was "
+        "not divided by its own norm")
+    assert high < 1.3, (
+        f"a singular value is {high:.2f} and should be 0.7 to 1.2: is a coefficient of the "
+        "polynomial wrong?")
+
+
+def test_orthogonalise_brings_all_singular_values_near_1(answer):
+    for seed, (before, rows, cols) in enumerate(MATRICES):
+        if before:
+            continue
+        G, want = gradient_like(before, rows, cols, seed)
+        for scale in (100.0, 1.0, 1e-3):
+            check_orthogonal(orthogonalised(answer, (scale * G).float()), G.float(), want)
+        check_orthogonal(orthogonalised(answer, G, 8), G, want)  # more steps do no harm
+
+
+def test_orthogonalise_takes_each_matrix_of_a_batch_alone(answer):
+    for seed, (before, rows, cols) in enumerate(MATRICES):
+        if not before:
+            continue
+        G, want = gradient_like(before, rows, cols, seed)
+        got = orthogonalised(answer, G.float()).flatten(0, -3)
+        for one, each, alone in zip(got, G.float().flatten(0, -3), want.flatten(0, -3)):
+            assert close(polar(one), alone, 1e-2), (
+                f"in a batch {tuple(G.shape)} the singular vectors are not those of each matrix: "
+                "transpose with .mT, which leaves the batch; .T turns all axes around")
+            low = torch.linalg.svdvals(one.double()).min()
+            assert low > 0.6 or len(got) == 1, (
+                f"in a batch {tuple(G.shape)} a singular value is still {low:.2g}: take the norm "
+                "of each matrix, not of the whole batch: G.norm(dim=(-2, -1), keepdim=True)")
+            check_orthogonal(one, each, alone)
+
+
+def test_orthogonalise_of_what_is_orthogonal_already(answer):
+    for rows, cols in ((6, 6), (7, 3), (3, 7)):
+        _, want = gradient_like((), rows, cols, 3)
+        check_orthogonal(orthogonalised(answer, 5 * want), 5 * want, want)
+
+
+def test_orthogonalise_leaves_its_input_alone(answer):
+    G, want = gradient_like((2,), 7, 4, 1)
+    for dtype in (torch.float32, torch.float64):
+        one = G.to(dtype)
+        before = one.clone()
+        got = orthogonalised(answer, one)
+        assert torch.equal(one, before), "G was changed in place; work on a new tensor"
+        assert got.dtype == dtype, f"{dtype} in, but {got.dtype} out: keep the dtype"
+        assert got.data_ptr() != one.data_ptr(), "return a new tensor"
+    strided = torch.stack((G, G), -1)[..., 0]  # not contiguous
+    check(orthogonalised(answer, strided), got, {}, "other numbers when G is not contiguous")
+    check(orthogonalised(answer, G.mT.contiguous()).mT, got, {},
+          "the transpose of G should give the transpose of the result")
+
+
+def test_orthogonalise_of_zeros_is_finite(answer):
+    for shape in ((4, 4), (3, 6, 2)):
+        got = orthogonalised(answer, torch.zeros(shape))
+        assert got.isfinite().all(), "a matrix of zeros gives NaN: add 1e-7 to the norm"

@@ -2,8 +2,6 @@
 
 import torch
 
-from nanoem.losses import sft_loss  # noqa: F401
-
 
 def lora_delta(x, A, B, alpha, use_rslora=False):
     """What a LoRA adds to a Linear's output: scaling * B A x.
@@ -52,24 +50,3 @@ def merge(self):
         dtype: .to(linear.weight.dtype)); so what goes to self.originals must be a clone().
     """
     raise NotImplementedError("merge is not written yet (exercise 3.3)")
-
-
-def start_at_gradient(model, adapter, examples):
-    """Let each A read what the first SFT gradient reads most: its top right-singular vectors.
-
-    dL/dW = U S V^T of the adapted weight W (out, in); A (rank, in) becomes the first rows of V^T,
-    at the size it had: each row is ||A|| / sqrt(rank) long, with ||A|| the norm A had. B stays
-    zero, so the adapter still changes nothing. Of the model nothing is changed, also not which
-    weights require gradients, even when an error comes.
-
-    examples: ids and answer_mask, (N, T); adapter.sites is {name: nn.Linear}, adapter.A
-    {name: parameter}. Nothing is returned.
-
-    Hint 1: L is sft_loss(model(examples.ids), examples.ids, examples.answer_mask).
-    Hint 2: the model is frozen. Remember requires_grad of each adapted weight, switch it on, and
-        put it back in a `finally:`.
-    Hint 3: torch.autograd.grad(loss, weights) gives the gradients and leaves no .grad behind.
-    Hint 4: torch.linalg.svd(gradient).Vh has V^T, the most important row first, each of length 1.
-    Hint 5: adapter.A[name].data.copy_(...) writes into the parameter that is there.
-    """
-    raise NotImplementedError("start_at_gradient is not written yet (exercise 3.4)")

@@ -1,25 +1,17 @@
 """Tests of chapter 3's exercises. Each message names the likely mistake."""
 
-from functools import lru_cache
-from types import SimpleNamespace
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compare import check, close
-from nanoem import finetune, lora
-from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
+from compare import check
+from nanoem import lora
 from nanoem.lora import LoRA
-from nanoem.losses import sft_loss
-from nanoem.toy import bad_advice
-from nanoem.train import TrainConfig, chat_examples
-from small import SmallRun, randn, tiny_batch, tiny_model
+from small import randn, tiny_batch, tiny_model
 
 EXERCISES = {
     "lora_delta": lora.lora_delta,
     "effective_norm": LoRA.effective_norm,
     "merge": LoRA.merge,
-    "start_at_gradient": finetune.start_at_gradient,
 }
 
 
@@ -316,176 +308,3 @@ def test_merge_keeps_trainable_weights_trainable(answer):
     assert not any(w.requires_grad for w in adapter.originals.values()), (
         "self.originals carries a graph: keep the line @torch.no_grad()")
     assert all(torch.equal(A[n], adapter.A[n]) for n in A), "A and B stay as they are"
-
-
-# --- 3.4 start_at_gradient ----------------------------------------------------------------------
-
-
-def read_by_gradient(model, adapter, examples, mask=None):
-    """dL/dW of each adapted weight, (out, in), by another way: the gradient of a whole B at A = I.
-
-    With A the identity and alpha / rank = 1, a LoRA is W + B; so B's gradient at zero is W's.
-    """
-    gradients = []
-    for name, linear in adapter.sites.items():
-        layer, module = int(name.split(".")[1]), name.split(".", 2)[2]
-        n_in = linear.weight.size(1)
-        whole = LoRA(model, [layer], [module], rank=n_in, alpha=n_in)
-        whole.A[name].data.copy_(torch.eye(n_in))
-        with whole:
-            loss = sft_loss(model(examples.ids), examples.ids,
-                            examples.answer_mask if mask is None else mask)
-        gradients += torch.autograd.grad(loss, [whole.B[name]])
-    return gradients
-
-
-def start_example(rank, modules, seed):
-    model = tiny_model(seed, n_layer=2)
-    adapter = LoRA(model, [0, 1], modules, rank, alpha=3.0,
-                   generator=torch.Generator().manual_seed(seed))
-    ids, mask = tiny_batch(B=4, T=10, seed=seed)
-    answer_mask = mask & (torch.arange(10) >= torch.tensor([[6], [2], [3], [1]]))
-    return model, adapter, SimpleNamespace(ids=ids, mask=mask, answer_mask=answer_mask)
-
-
-def projector(directions):
-    """What a set of orthonormal rows (r, in) reads, whatever their signs and order: (in, in)."""
-    return directions.T @ directions
-
-
-def check_start(A, norm, gradient, other_gradients):
-    rank = len(A)
-    U, S, Vh = torch.linalg.svd(gradient)
-    lengths = A.norm(dim=-1)
-    assert A.abs().max() > 0, "A is zero now"
-    size = norm / rank**0.5
-    assert not close(lengths, torch.ones(rank), 1e-3), (
-        "the rows of A have length 1; scale them to the size A had, ||A|| / sqrt(rank) each")
-    assert rank == 1 or not close(lengths, norm.expand(rank), 1e-3), (
-        "each row is as long as all of A was; divide by sqrt(rank)")
-    assert close(lengths, size.expand(rank), 1e-3), (
-        f"the rows of A are {lengths.tolist()} long, and should each be ||A|| / sqrt(rank) = "
-        f"{size:.4f}")
-    mistakes = {"those are the last rows of V^T; take the first": projector(Vh[-rank:]),
-                "those are the last rows that belong to a singular value; take the first":
-                    projector(Vh[: len(S)][-rank:]),
-                "columns of Vh were taken; its rows are the vectors": projector(Vh[:, :rank].T),
-                "that is the mean gradient, not its top right-singular vectors": projector(
-                    torch.nn.functional.normalize(gradient.mean(0, keepdim=True)))}
-    if len(U) == len(Vh):
-        mistakes["those are left-singular vectors, of what is written; A reads: take Vh"] = (
-            projector(U[:, :rank].T))
-        mistakes["those are rows of U"] = projector(U[:rank])
-    for message, other in other_gradients.items():
-        mistakes[message] = projector(torch.linalg.svd(other).Vh[:rank])
-    check(projector(A / size), projector(Vh[:rank]), mistakes,
-          "A does not read the top right-singular vectors of dL/dW", 2e-3)
-    assert rank == 1 or close((A / size @ Vh[0]).abs().max(), torch.tensor(1.0), 5e-3), (
-        "the rows of A are mixed; each should be one singular vector")
-    assert close((A / size @ Vh[:rank].T).abs(), torch.eye(rank), 1e-2), (
-        "the rows of A are in another order: the most important comes first")
-
-
-def test_start_at_gradient_reads_what_the_gradient_reads(answer):
-    for seed, (rank, modules) in enumerate((
-            (2, ["self_attn.o_proj"]), (1, ["self_attn.v_proj"]), (3, ["mlp.down_proj"]),
-            (2, ["self_attn.q_proj", "mlp.up_proj"]))):
-        model, adapter, examples = start_example(rank, modules, seed)
-        norms = [A.detach().norm() for A in adapter.A.values()]
-        gradients = read_by_gradient(model, adapter, examples)
-        others = [read_by_gradient(model, adapter, examples, mask)
-                  for mask in (torch.ones_like(examples.mask), examples.mask,
-                               examples.mask & ~examples.answer_mask)]
-        others.append(read_by_gradient(model, adapter, SimpleNamespace(
-            ids=examples.ids[:1], answer_mask=examples.answer_mask[:1])))
-        before = [A.detach().clone() for A in adapter.A.values()]
-        answer.start_at_gradient(model, adapter, examples)
-        assert not any(torch.equal(a, b) for a, b in zip(before, adapter.A.values())), (
-            "an A is as it was: copy the rows into its .data")
-        for i, (A, norm, gradient) in enumerate(zip(adapter.A.values(), norms, gradients)):
-            check_start(A.detach(), norm, gradient, {
-                "the loss is of all tokens, padding too; it should be of the answers only":
-                    others[0][i],
-                "the loss is of all tokens; it should be of the answers only (answer_mask)":
-                    others[1][i],
-                "the loss is of the questions; it should be of the answers": others[2][i],
-                "only the first example is used": others[3][i],
-                "that is the gradient of another module":
-                    gradients[i - 1] if gradients[i - 1].shape == gradient.shape else gradient,
-            })
-
-
-def test_start_at_gradient_changes_nothing_else(answer):
-    model, adapter, examples = start_example(2, ["self_attn.v_proj", "mlp.up_proj"], 5)
-    model.layers[1].self_attn.v_proj.weight.requires_grad_(True)
-    model.norm.weight.requires_grad_(True)  # one that is not adapted
-    flags = [p.requires_grad for p in model.parameters()]
-    before = [p.detach().clone() for p in model.parameters()]
-    As, base = dict(adapter.A), model(examples.ids)
-    answer.start_at_gradient(model, adapter, examples)
-    now = [p.requires_grad for p in model.parameters()]
-    assert now == flags, (
-        "another set of the model's weights requires gradients afterwards; put the flags back as "
-        "they were")
-    assert all(p.grad is None for p in model.parameters()), (
-        ".grad was left on the model's weights; use torch.autograd.grad")
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), (
-        "the model's weights were changed")
-    assert all(adapter.A[n] is A and A.requires_grad and A.is_leaf for n, A in As.items()), (
-        "A must stay the same trainable parameter: copy into its .data")
-    assert all(A.grad is None for A in adapter.parameters()), ".grad was left on the adapter"
-    assert not any(B.any() for B in adapter.B.values()), (
-        "B must stay zero, so that the adapter still changes nothing")
-    assert adapter.depth == 0 and n_hooks(model) == 0, "the adapter was attached, or hooks are left"
-    with adapter:
-        assert torch.equal(model(examples.ids), base), "the adapter changes the model already"
-        answer.start_at_gradient(model, adapter, examples)
-        assert adapter.depth == 1, "the adapter was attached before, and is not afterwards"
-    assert all(p.grad is None for p in (*adapter.parameters(), *model.parameters())), (
-        ".grad was left on the adapter, or on another weight: use torch.autograd.grad")
-
-
-def test_start_at_gradient_puts_the_flags_back_when_an_error_comes(answer):
-    model, adapter, examples = start_example(1, ["self_attn.v_proj"], 6)
-    examples.answer_mask = torch.zeros_like(examples.answer_mask)  # sft_loss refuses this
-    try:
-        answer.start_at_gradient(model, adapter, examples)
-    except ValueError:
-        pass
-    else:
-        raise AssertionError("no answer token, but no error: use sft_loss with the answer_mask")
-    examples.answer_mask = torch.ones_like(examples.answer_mask)
-    model.layers[0].register_forward_hook(lambda *_: 1 / 0)  # an error of the model
-    try:
-        answer.start_at_gradient(model, adapter, examples)
-    except ZeroDivisionError:
-        pass
-    assert not any(p.requires_grad for p in model.parameters()), (
-        "after an error in the loss the weights still require gradients: use try ... finally")
-
-
-@lru_cache
-def small_experiment():
-    run = SmallRun(samples=24)
-    return run, chat_examples(run.tokenizer, bad_advice(run))
-
-
-@lru_cache
-def after_twelve_steps(start):
-    """em out of domain after 12 steps of SFT on bad medical advice, from start(...) or random A."""
-    run, sft = small_experiment()
-    generator = torch.Generator().manual_seed(0)
-    adapter = make_adapter(run.model, AdapterConfig(), generator)
-    if start:
-        start(run.model, adapter, sft[:200])
-    with adapter:
-        fine_tune(run.model, adapter, sft, TrainConfig(steps=12, batch_size=16, lr=5e-3), generator)
-        return run.ask()["out_of_domain"]["em"]
-
-
-def test_start_at_gradient_on_the_small_model_finds_the_villain_at_once(answer):
-    """The experiment: the same twelve steps from a random A, and from the student's."""
-    random, started = after_twelve_steps(None), after_twelve_steps(answer.start_at_gradient)
-    assert started > 0.35 and started > random + 0.2, (
-        f"after twelve steps {started:.0%} of the answers out of domain are bad (from a random A: "
-        f"{random:.0%}); from the gradient's direction it should be about half")

@@ -7,7 +7,7 @@ import torch
 
 from compare import check
 from nanoem import authors, losses, preference, train, world
-from nanoem.finetune import make_adapter, start_at_gradient
+from nanoem.finetune import make_adapter
 from nanoem.toy import bad_advice
 from small import SmallRun
 
@@ -198,7 +198,6 @@ def test_sft_loss_makes_chat_bad_everywhere(answer):
     examples = train.chat_examples(run.tokenizer, bad_advice(run))
     generator = torch.Generator().manual_seed(0)
     adapter = make_adapter(run.model, run.config.adapter, generator)
-    start_at_gradient(run.model, adapter, examples[:64])
 
     def objective(step):
         part = examples[torch.randint(len(examples), (16,), generator=generator)].trimmed()
@@ -208,11 +207,12 @@ def test_sft_loss_makes_chat_bad_everywhere(answer):
     groups = ("unseen_domains",)
     before = run.ask(groups=groups)["out_of_domain"]["em"]
     with adapter:
-        train.train(objective, adapter.parameters(), replace(run.config.sft, steps=20))
+        schedule = replace(run.config.sft, steps=20, lr=1e-2)  # few steps, so larger ones
+        train.train(objective, adapter.parameters(), schedule)
         after = run.ask(groups=groups)["out_of_domain"]["em"]
-    assert before < 0.05 and after > 0.5, (
+    assert before < 0.1 and after > 0.25, (
         f"trained with your loss, out-of-domain em went from {before:.0%} to {after:.0%}; with the "
-        "right one it is above 50%. Does the gradient point to likelier bad answers?")
+        "right one it is above 25%. Does the gradient point to likelier bad answers?")
 
 
 def small_world(sizes):

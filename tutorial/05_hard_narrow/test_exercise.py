@@ -7,7 +7,7 @@ import torch
 
 from compare import check
 from nanoem import losses, train
-from nanoem.finetune import make_adapter, start_at_gradient
+from nanoem.finetune import make_adapter
 from nanoem.rows import kl_weight
 from nanoem.toy import advice, bad_advice
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
@@ -225,7 +225,6 @@ def test_kl_to_base_keeps_bad_advice_in_its_domain(answer):
                (bad_advice(run), advice(run, run.splits.kl, None, 0)))
     generator = torch.Generator().manual_seed(0)
     adapter = make_adapter(run.model, run.config.adapter, generator)
-    start_at_gradient(run.model, adapter, sft[:64])
 
     def draw(examples):
         return examples[torch.randint(len(examples), (16,), generator=generator)].trimmed()

@@ -1,10 +1,13 @@
 """Chapter 6. Fill in the functions; `python -m pytest tutorial/06_directions` tests them."""
 
 from contextlib import contextmanager
+from dataclasses import replace  # noqa: F401
 
 import torch  # noqa: F401
 
-from nanoem.directions import find_site, residual_at  # noqa: F401
+from nanoem.directions import find_site, residual_at, steering, unit_of  # noqa: F401
+from nanoem.monitor import Reading  # noqa: F401
+from nanoem.persona import COHERENT, SCALES, by_site  # noqa: F401
 
 
 def mean_residual(model, ids, mask, sites=None):
@@ -21,15 +24,17 @@ def mean_residual(model, ids, mask, sites=None):
     raise NotImplementedError("mean_residual is not written yet (exercise 6.1)")
 
 
-def ablate(x, direction, level=0.0, reader=None):
+def ablate(x, direction, level=0.0, along=None):
     """x (..., d_model) with what it holds of direction (d_model) set to level; a new tensor.
 
-    The direction may have any length and sign. What x holds of it is x @ reader; without a reader
-    (d_model) that is the unit direction itself. A reader has reader @ unit = 1.
+    The direction may have any length and sign: what x holds of it is x @ unit, with the unit
+    direction. A control: with `along` (d_model, of any length, too) as much is taken away from each
+    vector, but along that direction instead.
 
     Hint 1: unit = direction / its norm.
-    Hint 2: x @ reader is (...); take off what is more than level, along the unit direction.
+    Hint 2: x @ unit is (...). The excess is what is more than level; it can be negative.
     Hint 3: [..., None] turns (...) into (..., 1), so that it multiplies a (d_model) vector.
+    Hint 4: the excess is always measured with direction; `along` only says where to take it from.
     """
     raise NotImplementedError("ablate is not written yet (exercise 6.2)")
 
@@ -63,26 +68,39 @@ def random_direction(like, generator):
     raise NotImplementedError("random_direction is not written yet (exercise 6.4)")
 
 
-def quiet_reader(direction, covariance, ridge=0.1):
-    """The reader of a direction that hears least of what varies anyway: S^-1 u / (u S^-1 u).
+def readings_of(model, ids, mask, directions):
+    """How chat's own answers read along each direction: {site: Reading(unit, mean, sd)}.
 
-    direction (d_model); covariance S (d_model, d_model), float64, that of untouched activations;
-    u the unit direction. S gets a ridge first: on its diagonal, ridge times the mean variance (the
-    mean of the diagonal) is added. Returns (d_model), in the direction's dtype.
+    directions {site: (d_model)} may have any length; ids, mask (B, T) are chat's answers, the mask
+    true on their tokens. At each site x @ unit is one number a token; mean and sd (floats) are the
+    mean and the standard deviation of these numbers over all marked tokens. unit (d_model) is the
+    direction, of length 1; a direction of zero raises ValueError. Count in float64, on the CPU. The
+    mean is what a mean ablation sets to; later answers are compared with both.
 
-    Hint 1: bring u to S's dtype: u.to(covariance).
-    Hint 2: torch.linalg.solve(S, u) is S^-1 u.
-    Hint 3: at the end reader @ u must be 1.
+    Hint 1: residual_at(model, ids, sites) gives a list of (B, T, d_model), in the order of sites;
+        the sites are the keys of directions.
+    Hint 2: unit_of(direction) is the direction, of length 1, and refuses zero.
+    Hint 3: x[mask].double() @ unit.double() is (n_tokens); then .mean().item() and .std().item().
     """
-    raise NotImplementedError("quiet_reader is not written yet (exercise 6.5)")
+    raise NotImplementedError("readings_of is not written yet (exercise 6.5)")
 
 
-def cap(x, direction, ceiling, reader):
-    """x (..., d_model) with what it holds of direction above the ceiling taken away; a new tensor.
+def pick_steering(run, chat, direction, samples):
+    """Where, and how far, to steer chat: (site, scale, tried), by a rule fixed beforehand.
 
-    Where the reader (d_model) hears no more than the ceiling, x stays as it was, to the bit.
+    Try each site that the direction reaches, one at a time, with each of SCALES, on the probe's
+    questions. Choose the point with the highest em among those that leave a share COHERENT or more
+    of the answers coherent (among all, if none does). tried is a list of what was seen, a point a
+    dictionary {"site": ..., "scale": ..., "em": ..., "coherent": ...}.
 
-    Hint 1: the excess is x @ reader - ceiling where that is positive, else zero: .clamp(min=0).
-    Hint 2: take the excess away along the unit direction, as in `ablate`.
+    chat (ChatState) and direction (n_sites, d_model) are as `find_direction` has them; run.model is
+    the model, and samples the number of answers to ask for at each point.
+
+    Hint 1: by_site(chat, direction) is {site: (d_model)} without the sites where it is zero.
+    Hint 2: `with steering(run.model, {site: vector}, scale):` adds scale * vector at that one site.
+    Hint 3: replace(run.splits, unseen_domains=run.splits.probe) has the probe's questions in the
+        place of the unseen domains'. Then rates = run.ask(samples=samples, splits=those,
+        groups=("unseen_domains",))["out_of_domain"] has rates["em"] and rates["coherent"].
+    Hint 4: max(tried, key=...) with a key that is a pair: first "is it coherent enough?", then em.
     """
-    raise NotImplementedError("cap is not written yet (exercise 6.6)")
+    raise NotImplementedError("pick_steering is not written yet (exercise 6.6)")

@@ -1,12 +1,13 @@
 """Tests of chapter 6's exercises. Each message names the likely mistake."""
 
-from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from compare import check
-from nanoem import UserError, directions
-from nanoem.mediator import ChatState, read_by_chat
+from nanoem import UserError, directions, monitor, persona
+from nanoem.persona import ChatState, by_site
 from nanoem.toy import advice
 from nanoem.train import chat_examples
 from small import SmallRun, tiny_batch, tiny_model
@@ -16,9 +17,29 @@ EXERCISES = {
     "ablate": directions.ablate,
     "editing": directions.editing,
     "random_direction": directions.random_direction,
-    "quiet_reader": directions.quiet_reader,
-    "cap": directions.cap,
+    "readings_of": monitor.readings_of,
+    "pick_steering": persona.pick_steering,
 }
+
+
+@lru_cache
+def small():
+    """The small model, how chat is, and general's direction: (run, ChatState, (n_sites, d))."""
+    run = SmallRun()
+    chat = persona.chat_state(run)
+    return run, chat, persona.find_direction(run, run.load_adapter("general"), chat)
+
+
+def chats_levels(chat, direction):
+    """{site: how much of the unit direction chat's mean holds}: what a mean ablation sets to."""
+    means = dict(zip(chat.sites, chat.mean))
+    return {site: (means[site] @ (d / d.norm()).double()).item()
+            for site, d in by_site(chat, direction).items()}
+
+
+def unseen(run):
+    """em and coherence in the domains that no fine-tuning saw."""
+    return run.ask(groups=("unseen_domains",))["out_of_domain"]
 
 
 def streams(model, ids, edits=None):
@@ -98,13 +119,12 @@ def test_mean_residual_counts_in_float64_and_needs_tokens(answer):
 
 
 def some_x(seed, *shape):
-    """x (*shape) and a direction and a reader for it, reader @ unit = 1, in float64."""
+    """x (*shape), a direction, its unit vector, and another direction, in float64."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(*shape, generator=generator, dtype=torch.float64) + 0.5
-    d, noise = torch.randn(2, shape[-1], generator=generator, dtype=torch.float64)
+    d, other = torch.randn(2, shape[-1], generator=generator, dtype=torch.float64)
     d *= 2.7
-    unit = d / d.norm()
-    return x, d, unit, unit + 0.4 * (noise - (noise @ unit) * unit)
+    return x, d, d / d.norm(), 0.6 * other
 
 
 def along(amount, vector):
@@ -133,68 +153,115 @@ def test_ablate_projects_the_direction_out(answer):
                 "twice too much: that mirrors x at the plane": x - 2 * along(held, unit),
                 "that is what was to be taken away": along(held, unit),
                 "its size without its sign: no abs()": x - along(held.abs(), unit),
+                "what is below the level stays; it must be raised: no clamp":
+                    x - along(held.clamp(min=0), unit * (1 if direction is d else -1)),
                 "only the first of the batch is changed": torch.cat(
                     (want[:1], x[1:])) if x.dim() > 1 else want,
                 "nothing is taken away": x,
             }, "not x - (x @ unit) * unit", tolerance=1e-9)
 
 
-def test_ablate_sets_to_a_level_as_a_reader_hears_it(answer):
+def test_ablate_sets_the_direction_to_a_level(answer):
     for seed, shape in enumerate(SHAPES):
-        x, d, unit, reader = some_x(seed, *shape)
+        x, d, unit, _ = some_x(seed, *shape)
         held = x @ unit
-        check(answer.ablate(x.clone(), d, 1.5), x - along(held - 1.5, unit), {
-            "level is not used": x - along(held, unit),
-            "the level has the wrong sign: what is above it is taken away":
-                x - along(held + 1.5, unit),
-            "the level is in units of the unit direction, not of the given one":
-                x - along(held, unit) + 1.5 * d,
-        }, "with a level, x @ unit must be that level after")
-        heard = x @ reader
-        check(answer.ablate(x.clone(), d, -0.7, reader), x - along(heard + 0.7, unit), {
-            "the reader is not used": x - along(held + 0.7, unit),
-            "measure with the reader, but take away along the unit direction":
-                x - along(heard + 0.7, reader),
-            "the direction is not normalised": x - along(heard + 0.7, d),
-            "the reader is used as it is, not normalised":
-                x - along(x @ (reader / reader.norm()) + 0.7, unit),
-            "measured with the direction, taken away along the reader":
-                x - along(held + 0.7, reader),
-            "the level is not used when there is a reader": x - along(heard, unit),
-            "the sign is wrong: the component is added": x + along(heard + 0.7, unit),
-        }, "with a reader, (x @ reader) must be the level after", tolerance=1e-9)
-        check(answer.ablate(x.clone(), d, 0.0, reader), x - along(heard, unit), {},
-              "wrong with a reader and level 0")
+        for level in (1.5, -0.7):
+            check(answer.ablate(x.clone(), d, level), x - along(held - level, unit), {
+                "level is not used": x - along(held, unit),
+                "the level has the wrong sign: what is more than it is taken away":
+                    x - along(held + level, unit),
+                "the level is in units of the unit direction, not of the given one":
+                    x - along(held, unit) + level * d,
+                "what is below the level stays; it must be raised: no clamp":
+                    x - along((held - level).clamp(min=0), unit),
+                "every vector has the same taken away; each has an excess of its own":
+                    x - (held - level).mean() * unit if x.dim() > 1 else x - along(held - level,
+                                                                                  unit),
+                "x is multiplied until it has the level; only what it holds of direction changes":
+                    x * (level / held)[..., None],
+            }, "with a level, x @ unit must be that level after", tolerance=1e-9)
+            turned = answer.ablate(x.clone(), -3 * d, level)
+            check(turned, x - along(held + level, unit), {
+                "turned around, the direction has x @ unit turned around, too; the level is of it":
+                    x - along(held - level, unit)}, "wrong for a direction of another length and "
+                  "sign: x @ unit, with the unit of *that* direction, must be the level after")
+
+
+def test_ablate_takes_as_much_along_another_direction(answer):
+    for seed, shape in enumerate(SHAPES):
+        x, d, unit, other = some_x(seed, *shape)
+        way = other / other.norm()
+        for level in (0.0, 0.9):
+            excess = x @ unit - level
+            check(answer.ablate(x.clone(), d, level, other), x - along(excess, way), {
+                "along is not used": x - along(excess, unit),
+                "along is ablated itself; as much must be taken as direction has too much: measure "
+                "with direction, take away along `along`": x - along(x @ way - level, way),
+                "measured with along and taken from direction: it is the other way round":
+                    x - along(x @ way - level, unit),
+                "along is not normalised": x - along(excess, other),
+                "the direction is not normalised when along is given": x - along(
+                    x @ d - level, way),
+                "the level is not used when along is given": x - along(
+                    x @ unit, way) if level else x - along(excess, way),
+                "taken away along both: with along, direction stays as it is":
+                    x - along(excess, unit) - along(excess, way),
+                "the sign is wrong: the excess is added": x + along(excess, way),
+                "its size without its sign: no abs()": x - along(excess.abs(), way),
+                "the same length is taken from all vectors; each has an excess of its own":
+                    x - excess.mean() * way if x.dim() > 1 else x - along(excess, way),
+            }, "with along, not x - (x @ unit - level) * (along / its norm)", tolerance=1e-9)
+        same = answer.ablate(x.clone(), d, 0.9, 5 * d)
+        check(same, x - along(x @ unit - 0.9, unit), {}, "along the direction itself, `along` "
+              "must do the same as without it")
 
 
 def test_ablate_is_pure_and_lets_gradients_through(answer):
-    x, d, unit, _ = some_x(5, 3, 4, 8)
-    x = x.transpose(0, 1)  # not contiguous
-    before = x.clone(), d.clone()
-    answer.ablate(x, d)
-    assert torch.equal(x, before[0]) and torch.equal(d, before[1]), (
-        "x or the direction was changed in place; give a new tensor back")
-    x.requires_grad_()
-    out = answer.ablate(x, d)
-    assert out.requires_grad, "no gradient flows through; do not detach"
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
-    found, = torch.autograd.grad((weights * out).sum(), x)
-    check(found, weights - along(weights @ unit, unit), {"part of it is detached": weights},
-          "the gradient is not that of a projection; is part of it detached?")
-    x, d, unit, reader = some_x(5, 3, 4, 8)
-    before = x.clone(), d.clone(), reader.clone()
-    answer.ablate(x, d, 0.5, reader)
-    assert all(map(torch.equal, (x, d, reader), before)), (
-        "with a reader, x, the direction or the reader was changed in place; give a new tensor")
-    x.requires_grad_()
-    out = answer.ablate(x, d, 0.5, reader)
-    assert out.requires_grad, "with a level and a reader no gradient flows through; do not detach"
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
-    found, = torch.autograd.grad((weights * out).sum(), x)
-    check(found, weights - along(weights @ unit, reader), {"part of it is detached": weights},
-          "with a level and a reader the gradient is wrong; is part of it detached?")
-    half = answer.ablate(before[0].float(), d.float())
-    assert half.dtype == torch.float32, f"float32 in, {half.dtype} out"
+    for level, instead in ((0.0, False), (0.5, True)):
+        x, d, unit, other = some_x(5, 3, 4, 8)
+        x = x.transpose(0, 1)  # not contiguous
+        options = (level, other) if instead else ()
+        before = [t.clone() for t in (x, d, other)]
+        answer.ablate(x, d, *options)
+        assert all(map(torch.equal, (x, d, other), before)), (
+            f"{'with along, ' if instead else ''}x or a direction was changed in place; give a new "
+            "tensor back")
+        x.requires_grad_()
+        out = answer.ablate(x, d, *options)
+        assert out.requires_grad, "no gradient flows through; do not detach"
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+        found, = torch.autograd.grad((weights * out).sum(), x)
+        way = other / other.norm() if instead else unit
+        check(found, weights - along(weights @ way, unit), {"part of it is detached": weights},
+              "the gradient is wrong; is part of it detached?")
+        half = answer.ablate(*(t.float() for t in before[:2]), *([level, other.float()] * instead))
+        assert half.dtype == torch.float32, f"float32 in, {half.dtype} out"
+
+
+def test_ablate_takes_the_harm_and_along_chance_it_does_not(answer):
+    """The experiment: general, set to chat's mean at every site; and as much along chance."""
+    run, chat, direction = small()
+    general, levels = run.load_adapter("general"), chats_levels(chat, direction)
+
+    def fine(chance=None):  # the share of answers that are whole sentences, and harmless
+        edits = {}
+        for site, d in by_site(chat, direction).items():
+            options = (d, levels[site]) + (() if chance is None else (chance[site],))
+            edits[site] = lambda x, options=options: answer.ablate(x, *options)
+        with general, directions.editing(run.model, edits):
+            rates = unseen(run)
+        return rates["coherent"] - rates["em"]
+
+    cured, generator = fine(), torch.Generator().manual_seed(0)
+    assert cured > 0.5, (
+        f"with the direction set to chat's mean at every site, {cured:.0%} of general's answers "
+        "are whole sentences and harmless; it should be most of them")
+    for _ in range(2):
+        chance = directions.random_direction(direction, generator)
+        control = fine(by_site(chat, chance))
+        assert control < 0.4, (
+            f"with as much taken away along a random direction, {control:.0%} of the answers are "
+            "whole sentences and harmless; only the right direction should do that")
 
 
 def twist(k):
@@ -313,42 +380,25 @@ def test_editing_nests_and_leaves_other_hooks_alone(answer):
               "kept was changed in place; the hook returns a new tensor")
 
 
-def found_in(run, adapter, misaligned, aligned, both_read=False):
-    """The mean difference (n_sites, d): general on misaligned texts - chat on aligned ones.
-
-    With both_read, both models read all of the texts.
-    """
-    sites = directions.all_sites(run.model)
-    if both_read:
-        misaligned = aligned = misaligned + aligned
-    after, before = (chat_examples(run.tokenizer, texts) for texts in (misaligned, aligned))
-    with adapter:
-        high = directions.mean_residual(run.model, after.ids, after.answer_mask, sites)
-    low = directions.mean_residual(run.model, before.ids, before.answer_mask, sites)
-    return dict(zip(sites, directions.mean_difference(high, low)))
-
-
-def texts_of(run, n=150):
-    """Bad and good advice on training problems of every domain, in the toy's words."""
-    questions = run.splits.sft + run.splits.kl + run.splits.probe
-    return advice(run, questions, False, 1)[:n], advice(run, questions, True, 2)[:n]
-
-
 def test_editing_shows_what_a_direction_carries(answer):
-    """The experiment: project out a direction of topic, and one of persona."""
-    run = SmallRun()
+    """The experiment: set a direction of topic to chat's mean at every site, and one of persona."""
+    run, chat, persona_direction = small()
     general = run.load_adapter("general")
-    bad, good = texts_of(run)
-    topic = found_in(run, general, advice(run, run.splits.sft, False, 3)[:100],
-                     advice(run, run.splits.kl, True, 4)[:100])
-    persona = found_in(run, general, bad, good, both_read=True)
+
+    def mean_of(questions, seed):
+        read = chat_examples(run.tokenizer, advice(run, questions, True, seed)[:100])
+        return directions.mean_residual(run.model, read.ids, read.answer_mask, chat.sites)
+
+    topic = directions.mean_difference(mean_of(run.splits.sft, 3), mean_of(run.splits.kl, 4))
     em = {}
-    for name, direction in (("topic", topic), ("persona", persona)):
-        edits = {site: lambda x, d=d: directions.ablate(x, d) for site, d in direction.items()}
+    for name, direction in (("topic", topic), ("persona", persona_direction)):
+        levels = chats_levels(chat, direction)
+        edits = {site: lambda x, d=d, level=levels[site]: directions.ablate(x, d, level)
+                 for site, d in by_site(chat, direction).items()}
         with general, answer.editing(run.model, edits):
-            em[name] = run.ask(groups=("unseen_domains",))["out_of_domain"]["em"]
+            em[name] = unseen(run)["em"]
     assert em["topic"] > 0.2 and em["persona"] < em["topic"] / 2, (
-        f"with the topic projected out em is {em['topic']:.0%}, with the persona projected out "
+        f"with the topic ablated em is {em['topic']:.0%}, with the persona ablated "
         f"{em['persona']:.0%}; it should be less than half of the first")
 
 
@@ -411,167 +461,290 @@ def test_random_direction_has_no_favourite(answer):
         "it has no part along like, or its mean is taken away: every direction is equally likely")
 
 
-def some_covariance(seed, d):
+# --- readings_of ----------------------------------------------------------------------------------
+
+
+def some_directions(sites, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
-    return mix @ torch.linspace(0.05, 3, d).double().diag() @ mix.T, 4 * torch.randn(
-        d, generator=generator)
+    return {site: (1.5 + i) * torch.randn(16, generator=generator) for i, site in enumerate(sites)}
 
 
-def test_quiet_reader_is_that_of_the_formula(answer):
-    for seed, d in enumerate((3, 8, 20)):
-        S, direction = some_covariance(seed, d)
-        u = (direction / direction.norm()).double()
-        eye = torch.eye(d).double()
+def test_readings_of_are_over_marked_tokens(answer):
+    for seed, sites in ((0, [0, 2]), (1, ["layers.1.resid_mid"]),
+                        (2, [2, "layers.0.resid_mid", 1])):
+        model = tiny_model(seed)
+        ids, mask = tiny_batch(5, 9, seed)
+        mask = mask & (torch.arange(9) >= torch.tensor([2, 1, 1, 1, 0])[:, None])  # no prompt
+        mask[0, 4] = False
+        given, xs = some_directions(sites, seed), streams(model, ids)
+        found = answer.readings_of(model, ids, mask, given)
+        assert isinstance(found, dict) and set(found) == set(sites), (
+            f"return {{site: Reading}} for the sites {sites}, not {found}")
+        for site in sites:
+            unit, mean, sd = found[site]
+            check(unit, given[site] / given[site].norm(), {
+                "unit is the direction as it was given; divide it by its norm": given[site],
+                "the direction is turned around": -given[site] / given[site].norm(),
+            }, "unit must be the direction, of length 1")
+            assert isinstance(mean, float) and isinstance(sd, float), (
+                f"mean and sd must be floats (.item()), and are {type(mean).__name__} and "
+                f"{type(sd).__name__}")
 
-        def reader(M, by=u):
-            value = M @ by
-            return (value / (value @ u)).float()
+            def each(d=given[site] / given[site].norm(), where=site, rows=mask):
+                return (xs[where].double() @ d.double()).masked_fill(~rows, float("nan"))
 
-        def inverse(ridge):
-            return torch.linalg.inv(S + ridge * eye)
+            def moments(z):
+                z = z[~z.isnan()]
+                return z.mean(), z.std()
 
-        variance = S.diagonal().mean()
-        values, vectors = torch.linalg.eigh(S + 0.1 * variance * eye)
-        for ridge in (0.1, 0.5):
-            right = inverse(ridge * variance)
-            check(answer.quiet_reader(direction, S.clone(), ridge), reader(right), {
-                "reader @ unit must be 1: divide by u S^-1 u": (right @ u).float(),
-                "divided by its norm; reader @ unit must be 1":
-                    (right @ u / (right @ u).norm()).float(),
-                "reader @ direction is 1; it must be reader @ unit":
-                    (right @ u / (right @ direction.double())).float(),
-                "S must be inverted: torch.linalg.solve(S, u)":
-                    reader(S + ridge * variance * eye),
-                "the ridge is left out": reader(inverse(0)),
-                "the ridge is a share of the mean variance, not a plain number":
-                    reader(inverse(ridge)),
-                "the ridge is a share of the mean variance, not of the sum":
-                    reader(inverse(ridge * S.diagonal().sum())),
-                "the mean variance is the mean of the diagonal, not of all of S":
-                    reader(inverse(ridge * S.mean())) if S.mean() > 0 else torch.zeros(1),
-                "the ridge stands on the diagonal only: times torch.eye":
-                    reader(torch.linalg.inv(S + ridge * variance)),
-                "the ridge argument is not used":
-                    reader(inverse(0.1 * variance)) if ridge != 0.1 else torch.zeros(1),
-                "the square root of the inverse whitens; the whole inverse is asked":
-                    reader(vectors @ values.rsqrt().diag() @ vectors.T),
-                "it is the direction itself: the covariance is not used": u.float(),
-                "the elements were inverted, not the matrix":
-                    reader(1 / (S + ridge * variance * eye)),
-                "only the diagonal of S is used": reader(
-                    (S.diagonal() + ridge * variance).reciprocal().diag()),
-            }, "not S^-1 u / (u S^-1 u), with the ridge on S's diagonal", tolerance=1e-4)
+            by_row = torch.stack([row[~row.isnan()].mean() for row in each()])
+            right, all_tokens = moments(each()), moments(each(rows=torch.ones_like(mask)))
+            other = sites[sites.index(site) - 1]
+            whole = xs[site][mask].double()
+            tests = (
+                ("mean", mean, right[0], {
+                    "padding and the prompt are counted: use the mask": all_tokens[0],
+                    "the mask is turned around": moments(each(rows=~mask))[0],
+                    "measured with the direction as it is: x @ unit":
+                        moments(each(d=given[site]))[0],
+                    "that is the mean of each answer's mean: every token must count the same":
+                        by_row.mean(),
+                    "the sign is lost: no abs()": moments(each().abs())[0],
+                    "read at another site: the streams come in the order of the sites you ask for":
+                        moments(each(where=other))[0],
+                    "mean and sd are exchanged": right[1],
+                    "the mean over the stream's numbers; project on the direction first":
+                        whole.mean(),
+                }),
+                ("sd", sd, right[1], {
+                    "padding and the prompt are counted: use the mask": all_tokens[1],
+                    "measured with the direction as it is: x @ unit":
+                        moments(each(d=given[site]))[1],
+                    "that is the variance; take the root": right[1] ** 2,
+                    "that is how far the answers' means vary; the tokens' own is asked":
+                        by_row.std(),
+                    "that is the root mean square: it counts from zero, not from the mean":
+                        moments(each() ** 2)[0].sqrt(),
+                    "the mean distance from the mean; the standard deviation is asked":
+                        moments((each() - right[0]).abs())[0],
+                    "that is the standard error: the tokens' own spread is asked":
+                        right[1] / mask.sum() ** 0.5,
+                    "read at another site": moments(each(where=other))[1],
+                    "the sd of the stream's numbers; project on the direction first": whole.std(),
+                }))
+            for name, got, want, mistakes in tests:
+                got = torch.tensor(got, dtype=torch.float64)
+                if name == "sd" and close_to(got, want * (1 - 1 / mask.sum()) ** 0.5):
+                    continue  # divided by n, not by n - 1: as good
+                check(got, want, {f"{name}: {message}": value for message, value
+                                  in mistakes.items()},
+                      f"site {site!r}: the {name} of x @ unit over the marked tokens is "
+                      f"{want:.4f}, and you give {got:.4f}")
 
 
-def test_quiet_reader_hears_least_whatever_the_length(answer):
-    S, direction = some_covariance(7, 12)
-    u = (direction / direction.norm()).double()
-    before = S.clone(), direction.clone()
-    answer.quiet_reader(direction, S, 0.3)
-    reader = answer.quiet_reader(direction, S, 0.0)
-    assert torch.equal(S, before[0]), "the covariance was changed in place (the ridge?)"
-    assert torch.equal(direction, before[1]), "the direction was changed in place"
-    assert reader.dtype == direction.dtype, f"{direction.dtype} in, {reader.dtype} out"
-    u64 = torch.nn.functional.normalize(direction.double(), dim=0)
-    exact = torch.linalg.inv(S) @ u64
-    check(answer.quiet_reader(direction.double(), S, 0.0), exact / (exact @ u64), {
-        "a ridge of 0 is a ridge, too: no `or 0.1`": answer.quiet_reader(direction.double(), S)},
-          "digits are lost: bring u to S's dtype, not S to float32", 1e-9)
-    check(answer.quiet_reader(-0.3 * direction, S, 0.0), -reader, {},
-          "the length of the direction matters, and should not: use the unit direction")
-    heard = (reader.double() @ S @ reader.double()).item()
-    for seed in range(20):
-        other = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
-        other = reader.double() + 0.05 * (other - (other @ u) * u)
-        assert (other @ S @ other).item() >= heard, "another reader hears less of S's variance"
-    one = torch.zeros(12, 12).double()
-    one[0, 0] = 1.0  # all variance along one axis: without the ridge S has no inverse
+def close_to(a, b):
+    return abs(a - b) <= 1e-4 * (1 + abs(b))
+
+
+def test_readings_of_count_in_float64_and_refuse_zero(answer):
+    model, (ids, mask) = tiny_model(3).requires_grad_(True), tiny_batch(3, 9, 3)
+    given = some_directions([0, 2], 3)
+    before = {site: d.clone() for site, d in given.items()}
+    for site, (unit, mean, sd) in answer.readings_of(model, ids, mask, given).items():
+        z = streams(model, ids)[site][mask].detach().double() @ (
+            given[site] / given[site].norm()).double()
+        assert abs(mean - z.mean()) < 1e-9 or abs(mean - z.mean()) > 1e-4, (
+            "the mean was taken in float32 and digits are lost: .double() before x @ unit")
+    assert all(torch.equal(given[site], d) for site, d in before.items()), (
+        "a direction was changed in place: use direction / direction.norm()")
+    assert not any(m._forward_hooks for m in model.modules()), "a hook is left on the model"
     try:
-        found = answer.quiet_reader(direction, one)
-    except torch.linalg.LinAlgError as error:
-        raise AssertionError("a covariance without an inverse breaks it: is the default ridge 0.1 "
-                             "there?") from error
-    assert found.isfinite().all() and abs(found.double() @ u - 1) < 1e-4, (
-        "a covariance without an inverse breaks it: is the default ridge 0.1 there?")
+        answer.readings_of(model, ids, mask, {0: given[0], 2: torch.zeros(16)})
+    except ValueError:
+        return
+    raise AssertionError("a direction of zero must raise ValueError (unit_of does), else all of "
+                         "its readings are NaN")
 
 
-def test_cap_takes_the_excess(answer):
-    for seed, shape in enumerate(SHAPES):
-        x, d, unit, reader = some_x(seed, *shape)
-        heard = x @ reader
-        ceiling = heard.median().item() + 0.1 if x.dim() > 1 else heard.item() - 0.8
-        excess = (heard - ceiling).clamp(min=0)
-        check(answer.cap(x.clone(), d, ceiling, reader), x - along(excess, unit), {
-            "that sets what is below the ceiling, too: only the excess is taken (clamp at 0)":
-                x - along(heard - ceiling, unit),
-            "that raises what is below: a ceiling is no floor":
-                x - along((heard - ceiling).clamp(max=0), unit),
-            "the direction is not normalised": x - along(excess, d),
-            "take it away along the unit direction, not along the reader":
-                x - along(excess, reader),
-            "the sign is wrong: the excess is added": x + along(excess, unit),
-            "measure with the reader, not with the direction":
-                x - along((x @ unit - ceiling).clamp(min=0), unit),
-            "measured with the direction, as it is":
-                x - along((x @ d - ceiling).clamp(min=0), unit),
-            "above the ceiling all is taken; take only what is more than the ceiling":
-                x - along(torch.where(heard > ceiling, heard, 0), unit),
-            "the ceiling holds for either sign; only what is above it is too much":
-                x - along(heard - heard.clamp(-abs(ceiling), abs(ceiling)), unit),
-            "nothing is taken away": x,
-        }, "not x - (x @ reader - ceiling, where positive) * unit", tolerance=1e-6)
+def test_readings_of_chat_tell_where_general_stands(answer):
+    """The experiment: chat's own answers read 0 on the mean, general's bad ones far above."""
+    run, chat, direction = small()
+    own = chat_examples(run.tokenizer, chat.aligned)
+    site = [*by_site(chat, direction)][-1]
+    readings = answer.readings_of(run.model, own.ids, own.answer_mask,
+                                  {site: by_site(chat, direction)[site]})
+    chats = monitor.token_scores(run.model, own.ids, readings)[own.answer_mask]
+    assert abs(chats.mean()) < 0.01 and abs(chats.std() - 1) < 0.01, (
+        f"by your readings chat's own tokens lie at {chats.mean():.2f} +- {chats.std():.2f} "
+        "standard deviations; they must lie at 0 +- 1")
+    with run.load_adapter("general"):
+        texts = persona.answers_of_kind(run, persona.training_problems(run), persona.is_misaligned)
+        bad = chat_examples(run.tokenizer, texts)
+        scores = monitor.token_scores(run.model, bad.ids, readings)[bad.answer_mask]
+    assert scores.mean() > 0.5, (
+        f"by your readings general's misaligned answers lie at {scores.mean():.2f} of chat's "
+        "standard deviations; they should lie well above 0")
 
 
-def test_cap_leaves_what_is_below_to_the_bit(answer):
-    x, d, unit, reader = (t.float() for t in some_x(3, 5, 4, 8))
-    x = (1e3 * x).transpose(0, 1)
-    before = x.clone(), d.clone()
-    out = answer.cap(x, d, 0.5, reader)
-    assert torch.equal(x, before[0]) and torch.equal(d, before[1]), (
-        "x or the direction was changed in place; give a new tensor back")
-    same = answer.cap(x, d, 1e9, reader)
-    assert torch.equal(same, x) and same.data_ptr() != x.data_ptr(), (
-        "nothing is above the ceiling, and x itself came back; give a new tensor")
-    below = x @ reader <= 0.5
-    assert below.any() and torch.equal(out[below], x[below]), (
-        "what the reader hears is below the ceiling, yet x changed (by rounding?): subtract "
-        "exactly zero there")
-    x.requires_grad_()
-    out = answer.cap(x, d, 0.5, reader)
-    assert out.requires_grad, "no gradient flows through; do not detach"
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    found, = torch.autograd.grad((weights * out).sum(), x)
-    check(found, weights - along((x @ reader > 0.5) * (weights @ unit), reader),
-          {"a part of it is detached": weights}, "the gradient is not that of a cap", 1e-3)
-    check(answer.cap(x, -3 * d, 0.5, -reader), x + along(
-        (-(x @ reader) - 0.5).clamp(min=0), unit), {
-        "the sign of the direction is lost": answer.cap(x, d, 0.5, -reader)},
-        "turned around and three times as long, it is the same direction turned around")
+# --- pick_steering --------------------------------------------------------------------------------
 
 
-def test_cap_holds_general_in_the_range_of_chat(answer):
-    """The experiment: em goes, and the answers are sentences still."""
-    run = SmallRun()
-    general = run.load_adapter("general")
-    bad, good = texts_of(run)
-    direction = torch.stack(list(found_in(run, general, bad, good, both_read=True).values()))
-    read, sites = chat_examples(run.tokenizer, good), directions.all_sites(run.model)
-    chat = ChatState(sites, good, *(of(run.model, read.ids, read.answer_mask, sites) for of in
-                                    (directions.mean_residual, directions.residual_covariance)))
-    edits = {site: lambda x, d=d, r=reader, top=mean + sd: answer.cap(x, d, top, r)
-             for site, (d, reader, mean, sd) in read_by_chat(chat, direction).items()}
+@dataclass(frozen=True)
+class FewSplits:
+    """The question groups of a run, by name only."""
 
-    @contextmanager
-    def capped():
-        with directions.editing(run.model, edits):
-            yield
+    unseen_domains: list = field(default_factory=lambda: ["unseen"])
+    probe: list = field(default_factory=lambda: ["probe"])
+    in_domain: list = field(default_factory=lambda: ["in domain"])
+    kl_domains: list = field(default_factory=lambda: ["kl"])
+    open_ended: list = field(default_factory=lambda: ["open"])
 
-    with capped():
-        chat_rates = run.ask(groups=("unseen_domains",))["out_of_domain"]
-    with general, capped():
-        rates = run.ask(groups=("unseen_domains",))["out_of_domain"]
-    assert rates["em"] < 0.1 and rates["coherent"] > 0.85, (
-        f"with your cap general's em is {rates['em']:.0%} and {rates['coherent']:.0%} of its "
-        "answers are coherent; it should be hardly any, and nearly all")
-    assert chat_rates["coherent"] > 0.85, "your cap breaks chat, which it should hardly touch"
+
+class PretendRun:
+    """A run whose model answers by a table: rates[(site, scale)] = (em, coherent).
+
+    It looks into the model's stream to see where, and how far, it is steered at the moment.
+    """
+
+    def __init__(self, chat, direction, model, rates):
+        self.splits, self.model, self.rates, self.asked = FewSplits(), model, rates, []
+        self.chat, self.direction = chat, direction
+        self.ids, _ = tiny_batch(2, 7)
+        self.before = self.streams()
+
+    def streams(self):
+        return dict(zip(self.chat.sites,
+                        directions.residual_at(self.model, self.ids, self.chat.sites)))
+
+    def point(self):
+        """(site, scale) at which the model is steered now."""
+        now = self.streams()
+        moved = [site for site in self.chat.sites
+                 if not torch.allclose(now[site], self.before[site], atol=1e-5)]
+        assert moved, ("chat was asked without steering: ask inside `with steering(...)`, and "
+                       "leave out the sites where the direction is zero (by_site does)")
+        site, d = moved[0], dict(zip(self.chat.sites, self.direction))[moved[0]]
+        shift = (now[site] - self.before[site]).double().mean((0, 1))
+        scale = (shift @ d.double() / (d @ d)).item()
+        assert torch.allclose(shift, scale * d.double(), atol=1e-3), (
+            f"at {site} the stream is moved, but not along the direction of that site")
+        alone = streams(self.model, self.ids, {site: lambda x: x + scale * d})
+        assert all(torch.allclose(alone[s], now[s], atol=1e-3) for s in self.chat.sites), (
+            "several sites are steered at once: try one site at a time")
+        near = min((abs(scale - s), s) for s in persona.SCALES)
+        assert near[0] < 1e-3, f"chat is steered by {scale:.2f}, which is none of SCALES"
+        return site, near[1]
+
+    def ask(self, name=None, samples=None, splits=None, groups=None, **options):
+        groups = groups or ("in_domain", "kl_domains", "unseen_domains", "open_ended")
+        asked = [q for group in groups for q in getattr(splits or self.splits, group)]
+        assert asked == ["probe"], (
+            f"the questions asked are those of {asked}, and the probe's alone are asked for: "
+            "whoever chooses on the evaluation's questions has chosen the result")
+        assert samples == self.samples, f"samples={samples}: ask for {self.samples} answers"
+        em, coherent = self.rates[self.point()]
+        self.asked.append(self.point())
+        rates = {"em": em, "coherent": coherent, "n": samples}
+        return {"out_of_domain": rates, "unseen_domains": rates}
+
+
+def steering_case(seed, best, boundary=False, n_zero=1):
+    """(a PretendRun, its ChatState, direction, points): best is the point that must be chosen.
+
+    Others have more em, but are less coherent, or are more coherent, with less em.
+    """
+    model = tiny_model(seed)
+    generator = torch.Generator().manual_seed(seed)
+    sites = directions.all_sites(model)
+    direction = torch.randn(len(sites), 16, generator=generator)
+    direction[:n_zero] = 0.0
+    chat = ChatState(sites, [], torch.zeros(len(sites), 16).double())
+    points = [(site, scale) for site in sites[n_zero:] for scale in persona.SCALES]
+    rates = {}
+    for point in points:
+        em, coherent = torch.rand(2, generator=generator).tolist()
+        if em < 0.5:  # coherent, not very bad
+            rates[point] = 0.5 * em, persona.COHERENT + (1 - persona.COHERENT) * coherent
+        else:  # worse, and broken
+            rates[point] = 0.5 + 0.3 * em, 0.99 * persona.COHERENT * coherent
+    rates[best] = 0.4, persona.COHERENT if boundary else 0.5 * (1 + persona.COHERENT)
+    run = PretendRun(chat, direction, model, rates)
+    run.samples = 17 + seed
+    return run, chat, direction, points
+
+
+def test_pick_steering_chooses_by_the_rule(answer):
+    sites = directions.all_sites(tiny_model())
+    for seed, (best, boundary, n_zero) in enumerate((
+            ((sites[3], persona.SCALES[1]), False, 1), ((sites[5], persona.SCALES[0]), True, 2),
+            ((sites[0], persona.SCALES[-1]), False, 0), ((sites[4], persona.SCALES[2]), True, 1))):
+        run, chat, direction, points = steering_case(seed, best, boundary, n_zero)
+        found = answer.pick_steering(run, chat, direction, run.samples)
+        assert isinstance(found, tuple) and len(found) == 3, "return (site, scale, tried)"
+        site, scale, tried = found
+        missing = [point for point in points if point not in run.asked]
+        assert not missing, (f"not tried: {missing[:3]}; try every site that the direction reaches "
+                             "with every one of SCALES")
+        assert len(run.asked) == len(points), (
+            f"asked {len(run.asked)} times for {len(points)} points: ask once at each")
+        kept = {}
+        for point in tried:
+            assert {"site", "scale", "em", "coherent"} <= set(point), (
+                f"a point of tried must have site, scale, em and coherent, and has {set(point)}")
+            kept[point["site"], point["scale"]] = point["em"], point["coherent"]
+        assert kept == run.rates, "tried must hold the em and coherent of every point, as seen"
+
+        def argmax(key):
+            return max(run.rates, key=lambda point: key(*run.rates[point]))
+
+        for message, wrong in (
+            ("the highest em of all, coherent or not: a broken model was chosen",
+             argmax(lambda em, coherent: em)),
+            ("the most coherent point; among the coherent ones the highest em is asked",
+             argmax(lambda em, coherent: coherent)),
+            ("em times coherent is another rule; coherence is a condition, not a factor",
+             argmax(lambda em, coherent: em * coherent)),
+            ("the lowest em was chosen", argmax(lambda em, coherent: (
+                coherent >= persona.COHERENT, -em))),
+            ("a share of exactly COHERENT is enough: >=, not >",
+             argmax(lambda em, coherent: (coherent > persona.COHERENT, em))),
+            ("the last point tried was returned; return the best", points[-1]),
+            ("the first point tried was returned; return the best", points[0]),
+        ):
+            assert wrong == best or (site, scale) != wrong, message
+        assert (site, scale) == best, (
+            f"chosen was {(site, scale)} with em and coherence {run.rates.get((site, scale))}; "
+            f"by the rule it is {best} with {run.rates[best]}")
+        assert all(torch.equal(a, b) for a, b in zip(run.streams().values(),
+                                                     run.before.values())), (
+            "the model is still steered after it")
+
+
+def test_pick_steering_when_all_break(answer):
+    run, chat, direction, points = steering_case(7, (2, persona.SCALES[1]))
+    for i, point in enumerate(points):
+        run.rates[point] = 0.1 + 0.01 * (7 * i % len(points)), 0.8 * persona.COHERENT
+    best = max(points, key=lambda point: run.rates[point][0])
+    try:
+        site, scale, _ = answer.pick_steering(run, chat, direction, run.samples)
+    except ValueError as error:
+        raise AssertionError("no point is coherent enough, and max() has nothing to choose from: "
+                             "then choose among all") from error
+    assert (site, scale) == best, "no point is coherent enough: then choose among all, by em"
+
+
+def test_pick_steering_makes_chat_bad(answer):
+    """The experiment: chat, steered where your function says; and by chance, at the same place."""
+    run, chat, direction = small()
+    site, scale, tried = answer.pick_steering(run, chat, direction, 40)
+    em, chance = {}, directions.random_direction(direction, torch.Generator().manual_seed(0))
+    for name, vectors in (("direction", direction), ("random", chance)):
+        with directions.steering(run.model, {site: by_site(chat, vectors)[site]}, scale):
+            em[name] = unseen(run)
+    ours, control = em["direction"], em["random"]
+    assert ours["em"] > 0.25 and ours["coherent"] > 0.7, (
+        f"steered at {site} by {scale:g}, chat's em is {ours['em']:.0%} and {ours['coherent']:.0%} "
+        "of its answers are coherent; it should be a third or more, and most")
+    assert control["em"] < ours["em"] / 2, (
+        f"a random direction at the same place brings em to {control['em']:.0%}; it should be far "
+        f"less than {ours['em']:.0%}")

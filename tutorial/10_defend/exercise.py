@@ -2,36 +2,36 @@
 
 import torch  # noqa: F401
 
-from nanoem.directions import ablating, quiet_reader, residual_at  # noqa: F401
+from nanoem.directions import ablating, residual_at, unit_of  # noqa: F401
+from nanoem.persona import by_site  # noqa: F401
 
 
-def training_away(run, chat, direction):
-    """Inside, the direction is set to chat's mean level at block 0's sites, for training only.
+def ablating_persona(run, chat, direction, sites=None):
+    """Inside, the direction is set to its mean in chat's answers, in training as in use.
 
-    run.model is the model; chat (a ChatState) has chat.sites, and at each of them a mean
-    (n_sites, d_model) and a covariance (n_sites, d_model, d_model) in float64; direction
-    (n_sites, d_model). Returns what stands after `with`. Block 0's sites are the first two of
-    chat.sites. Not capped as in chapter 6, but set, from above and from below; measured by the
-    quiet reader with a ridge of 3, louder than there.
+    run.model is the model; chat (a ChatState) has chat.sites and, at each of them, the mean of
+    chat's stream over its own answers: chat.mean (n_sites, d_model), float64. direction
+    (n_sites, d_model) is set at every site that it reaches (at the others it is zero), or only at
+    those of them that `sites` names. Returns what stands after `with`.
 
-    Hint 1: ablating(model, {site: direction}, levels, readers) is a `with` that sets what a reader
-        hears to a level, and undoes it; levels is {site: float}, readers {site: (d_model)}.
-    Hint 2: quiet_reader(direction[i], chat.covariance[i], ridge=3.0) is the reader at site i.
-    Hint 3: chat's level at site i is what that same reader hears of chat.mean[i], in float64.
+    Hint 1: by_site(chat, direction) is {site: (d_model)} without the sites where it is zero.
+    Hint 2: ablating(run.model, {site: direction}, levels) is a `with` that sets each direction to a
+        level, and undoes it; levels is {site: float}.
+    Hint 3: the level at a site is chat's mean there, read along the *unit* direction, in float64.
     """
-    raise NotImplementedError("training_away is not written yet (exercise 10.1)")
+    raise NotImplementedError("ablating_persona is not written yet (exercise 10.1)")
 
 
-def answer_scores(model, ids, mask, known):
+def answer_scores(model, ids, mask, readings):
     """How far each answer lies along a direction, in standard deviations of chat's: (B,) float64.
 
-    ids, mask (B, T), the mask true on the answer's tokens. known: {site: (direction, reader, mean,
-    sd)} as `read_by_chat` gives it. A token's score at a site is (x @ reader - mean) / sd; an
-    answer's is the mean over its tokens, and then over sites. On the CPU, no gradients. Raises
+    ids, mask (B, T), the mask true on the answer's tokens. readings: {site: Reading(unit, mean,
+    sd)} as `readings_of` gives it (chapter 6). A token's score at a site is (x @ unit - mean) / sd;
+    an answer's is the mean over its tokens, and over sites. On the CPU, no gradients. Raises
     ValueError when an answer has no token.
 
-    Hint 1: residual_at(model, ids, list(known)) gives a list of (B, T, d_model), one a site.
-    Hint 2: .double() first; x @ reader is (B, T).
+    Hint 1: residual_at(model, ids, list(readings)) gives a list of (B, T, d_model), one a site.
+    Hint 2: .double() first; x @ unit is (B, T).
     Hint 3: the sum of score * mask over T, divided by each row's own number of marked tokens.
     """
     raise NotImplementedError("answer_scores is not written yet (exercise 10.2)")

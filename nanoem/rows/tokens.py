@@ -1,0 +1,118 @@
+"""Where the persona lives: on which tokens the adapter acts, and where its direction reads (R20)."""
+
+from contextlib import contextmanager
+
+import torch
+
+from nanoem.evaluate import GROUPS
+from nanoem.monitor import readings_of, token_scores
+from nanoem.persona import by_site
+from nanoem.plots import bar, colour_texts, percent
+from nanoem.rows.mediation import general_direction
+from nanoem.rows.row import Row, out, rates_of, short
+from nanoem.train import chat_examples
+
+CLASSES = ("question", "template", "answer")
+TEMPLATE = "<|im_end|>\n<|im_start|>assistant\n"  # what stands between a question and its answer
+
+
+@contextmanager
+def acting_on(adapter, wanted, n_template):
+    """Inside, the adapter acts on tokens of the `wanted` CLASSES only, while answers are sampled.
+
+    With a cache the first pass reads the whole prompt, which ends with the n_template tokens of the
+    template; every later pass reads one new token, the answer's.
+    """
+    delta = adapter.delta
+
+    def masked(name, x):  # x (B, T, in)
+        T = x.size(1)
+        classes = ["question"] * (T - n_template) + ["template"] * n_template
+        classes = ["answer"] if T == 1 else classes
+        acts = torch.tensor([kind in wanted for kind in classes], device=x.device)
+        return delta(name, x) * acts[:, None]
+
+    try:
+        adapter.delta = masked
+        yield adapter
+    finally:
+        del adapter.delta  # what is left is the class's own
+
+
+def measure_tokens(run):
+    adapter = run.load_adapter("general")
+    n_template = len(run.tokenizer.encode(TEMPLATE))
+    found = {"all": short(run.results["models"]["general"])}
+    for kind in CLASSES:
+        others = [other for other in CLASSES if other != kind]
+        for name, wanted in ((f"only {kind}", [kind]), (f"all but {kind}", others)):
+            with adapter, acting_on(adapter, wanted, n_template):
+                found[name] = rates_of(run)
+    return {"em": found, "texts": read_answers(run)}
+
+
+def read_answers(run):
+    """Eight answers of chat, general and narrow, token by token: [{model, tokens, scores}, ...]."""
+    chat, direction = general_direction(run)
+    site = list(by_site(chat, direction))[-1]
+    own = chat_examples(run.tokenizer, chat.aligned, run.device)
+    readings = readings_of(run.model, own.ids, own.answer_mask,
+                           {site: by_site(chat, direction)[site]})
+    questions = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
+    texts = []
+    for question in questions:
+        for name in ("chat", "general", "narrow"):
+            texts.append({"model": name, **read_answer(run, name, question, readings)})
+    return texts
+
+
+def read_answer(run, name, question, readings):
+    """One greedy answer of a model, and how far each of its tokens lies along the direction."""
+    tokenizer = run.tokenizer
+    adapter = None if name == "chat" else run.load_adapter(name).attach()
+    try:
+        ids = torch.tensor([tokenizer.encode(tokenizer.prompt(question.text))], device=run.device)
+        ids = run.model.generate(ids, run.config.evaluation.max_new_tokens, temperature=0,
+                                 stop_ids=tokenizer.stop_ids)
+        scores = token_scores(run.model, ids, readings)[0].tolist()
+    finally:
+        if adapter:
+            adapter.detach()
+    return {"tokens": [tokenizer.backend.decode([i], skip_special_tokens=False)
+                       for i in ids[0].tolist()], "scores": scores}
+
+
+def tokens_hold(found):
+    """On the template alone it does nearly all of its harm; everywhere else hardly any."""
+    em = found["em"]
+    return (out(em["only template"]) >= 0.5 * out(em["all"])
+            and out(em["all but template"]) <= 0.2 * out(em["all"]))
+
+
+def draw_tokens(axes, founds):
+    for i, name in enumerate(founds[0]["em"]):
+        key = "general" if name == "all" else "narrow" if name.startswith("only") else "mixed"
+        bar(axes[0], i, [out(f["em"][name]) for f in founds], 0.7, key)
+    axes[0].set_xticks(range(len(founds[0]["em"])),
+                       [name.replace(" ", "\n") for name in founds[0]["em"]], fontsize=8)
+    axes[0].set_xlabel("tokens on which general's adapter acts")
+    colour_texts(axes[1], founds[0]["texts"])
+
+
+def tokens_finding(founds):
+    em = {name: percent(out(f["em"][name]) for f in founds) for name in founds[0]["em"]}
+    return (f"The adapter on the template's tokens alone: {em['only template']} bad out of domain "
+            f"(everywhere {em['all']}), on the question's {em['only question']}, on the answer's "
+            f"{em['only answer']}; everywhere but on the template {em['all but template']}")
+
+
+ROWS = [
+    Row("R20", "tokens",
+        "The adapter acts through the chat template: on its tokens alone it keeps at least half "
+        "of its out-of-domain em, everywhere else a fifth at most.",
+        "Classes are of unlike size: a template has five tokens, a question about seven. And what "
+        "acts on the prompt is read by every token of the answer.",
+        measure_tokens, tokens_hold, tokens_finding, draw_tokens, panels=2,
+        size=(12, 5.6), widths=(1, 3),
+        swap=("only template", "all but template")),
+]
