@@ -64,7 +64,7 @@ def mean_difference(misaligned, aligned):
     """Direction from aligned to misaligned: the difference of two means, float32.
 
     Each is a mean residual (n_sites, d_model): over bad and over good answers, or of a fine-tuned
-    and the untouched model over the same ones (mediator.py).
+    and the untouched model over the same ones (persona.py).
     """
     if misaligned.shape != aligned.shape:
         raise ValueError(f"misaligned and aligned must have one shape, and have "
@@ -117,7 +117,8 @@ def ablate(x, direction, level=0.0, along=None):
 
     x @ unit is what x holds of the unit direction. Level 0 projects the direction out; in a
     residual stream of few dimensions zero means nothing special, so `level` can be that of an
-    untouched model. A control: with `along` (d_model) as much is taken away along that direction instead.
+    untouched model. A control: with `along` (d_model) as much is taken away along that direction
+    instead.
     """
     check_vector(direction, x)
     unit = unit_of(direction).to(x)

@@ -82,14 +82,16 @@ def directions(run):
 
     generator = torch.Generator().manual_seed(run.config.seed)
     random_ones = [random_direction(direction, generator) for _ in range(run.config.n_random)]
+    site, scale, tried = pick_steering(run, chat, direction, run.config.curve_samples)
     run.results["directions"] = {
         "sites": list(map(str, chat.sites)),
         "norm": direction.norm(dim=-1).tolist(),
         "cosines": {way: cosines(found, direction) for way, found in others.items()},
         "split_half": cosines(*halves(run, chat)),
-        **steered(run, chat, direction, random_ones[0]),
-        **ablated(run, adapter, chat, direction, random_ones),
-        **transferred(run, chat, random_ones[0]),
+        **steered(run, chat, direction, random_ones[0], site, scale),
+        "steer_probe": tried,
+        **ablated(run, adapter, chat, direction, random_ones, site),
+        **transferred(run, chat, random_ones[0], site),
     }
 
 
@@ -101,29 +103,26 @@ def halves(run, chat):
         yield find_direction(run, adapter, chat)
 
 
-def steered(run, chat, direction, random_one):
-    """Rates of chat with the direction, or a random one, added once, where the probe says."""
-    site, scale, tried = pick_steering(run, chat, direction, run.config.curve_samples)
+def steered(run, chat, direction, random_one, site, scale):
+    """Rates of chat with the direction, or a random one, added at one site."""
     found = {}
     for key, vectors in (("steer", direction), ("steer_random", random_one)):
         with steering(run.model, {site: by_site(chat, vectors)[site]}, scale):
             rates = run.ask(f"chat, {key}")
         found[key] = {"site": str(site), "scale": scale, **rates}
-    return {**found, "steer_probe": tried}
+    return found
 
 
-def ablated(run, adapter, chat, direction, random_ones):
+def ablated(run, adapter, chat, direction, random_ones, site):
     """Rates of general with its direction ablated, and with as much taken along random ones."""
-    end = [adapter.last_layer]  # the site where all that it writes has been written
-
     def ask(name, sites=None, along=None):
         with adapter, ablating_persona(run, chat, direction, sites, along):
             return run.ask(f"general, {name}")
 
     found = {
         "ablate": ask("direction ablated"),
-        "ablate_one_site": ask("direction ablated at one site", end),
-        "ablate_random": [ask(f"as much ablated along random direction {i}", end, along)
+        "ablate_one_site": ask("direction ablated at one site", [site]),
+        "ablate_random": [ask(f"as much ablated along random direction {i}", [site], along)
                           for i, along in enumerate(random_ones)],
     }
     with adapter, ablating(run.model, by_site(chat, direction)):
@@ -132,7 +131,7 @@ def ablated(run, adapter, chat, direction, random_ones):
     return found
 
 
-def transferred(run, chat, random_one):
+def transferred(run, chat, random_one, site):
     """Does general's direction carry the other fine-tunes, too? Beside a random one.
 
     It is found anew, without a question of the fine-tuned domain: what it takes away there cannot
@@ -149,7 +148,7 @@ def transferred(run, chat, random_one):
         with adapter, ablating_persona(run, chat, direction):
             found["transfer"][name] = run.ask(f"{name}, direction ablated",
                                               run.config.curve_samples)
-        with adapter, ablating_persona(run, chat, direction, [adapter.last_layer], random_one):
+        with adapter, ablating_persona(run, chat, direction, [site], random_one):
             found["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
                                                      run.config.curve_samples)
     return found

@@ -24,8 +24,8 @@ class AdapterConfig:
     """Where the adapter sits, and its size. Some rows change it (R1, R2, R11)."""
 
     kind: str = "lora"  # lora, or steering, one vector added to the stream (in R1, R2, R11)
-    layers: tuple = (0,)  # block numbers; empty: the one block at half depth
-    modules: tuple = ("self_attn.v_proj", "mlp.down_proj")  # Linears inside a block
+    layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
+    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
     rank: int = 1  # columns of B
     alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
     use_rslora: bool = False  # alpha / sqrt(rank) instead

@@ -25,7 +25,7 @@ def rms_norm(x, weight, eps):
 
 
 def dropout(x, share, generator):
-    """x with a share of its numbers set to 0 and the others enlarged to the same mean; a new tensor.
+    """x with a share of its numbers set to 0 and the others enlarged in return; a new tensor.
 
     `generator` draws which: the same seed drops the same ones (arXiv 1207.0580).
     """

@@ -61,11 +61,6 @@ class Adapter:
         """The first block with a site; what comes before it is the base model's."""
         return min(int(name.split(".")[1]) for name in self.sites)
 
-    @property
-    def last_layer(self):
-        """The last block with a site; after it the adapter has written all it writes."""
-        return max(int(name.split(".")[1]) for name in self.sites)
-
     def attach(self):
         """Let it act until it is detached as often; `with adapter:` does both. Returns itself."""
         self.depth += 1

@@ -35,7 +35,7 @@ def readings_of(model, ids, mask, directions):
 
 
 def token_scores(model, ids, readings):
-    """How far each token lies along the direction, in standard deviations of chat's: (B, T) float64.
+    """How far each token lies along the direction, in chat's standard deviations: (B, T) float64.
 
     At a site it is (x @ unit - mean) / sd; a token's score is the mean over the sites of
     {site: Reading}. On the CPU, no gradients.

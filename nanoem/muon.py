@@ -1,4 +1,4 @@
-"""Muon: an optimizer for the matrices inside a network (Keller Jordan 2024, kellerjordan.github.io).
+"""Muon: an optimizer for the matrices inside a network (Keller Jordan 2024).
 
 AdamW rescales every number of a gradient by itself. Muon treats the gradient of a matrix as a
 matrix: it keeps the directions that the gradient reads and writes, and gives all of them one size.
@@ -10,8 +10,8 @@ import torch
 def orthogonalise(G, steps=5):
     """G (..., rows, cols) with all of its singular values brought near 1 (0.7 to 1.2).
 
-    With G = U S V^T this is close to U V^T. Newton-Schulz iteration: an odd polynomial of X works on
-    the singular values alone, and this one drives them to 1 without computing them.
+    With G = U S V^T this is close to U V^T. Newton-Schulz iteration: an odd polynomial of X works
+    on the singular values alone, and this one drives them to 1 without computing them.
     """
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
     is_tall = X.size(-2) > X.size(-1)

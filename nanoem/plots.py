@@ -22,7 +22,8 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
-           "ablate_random": "#F0E442", "steer": "#8B2500", "steer_random": "#CCCCCC", "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
+           "ablate_random": "#F0E442", "steer": "#8B2500", "steer_random": "#CCCCCC",
+           "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
            "out_of_domain": "#000000"}
 EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
@@ -46,7 +47,7 @@ def draw_all(results, folder):
     drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
     found = with_direction(results)
     if found:
-        drawn[direction] = direction(found)
+        drawn[one_direction] = one_direction(found)
     passed_on = [r for r in found if r["directions"]["transfer"]]
     if passed_on:
         drawn[other_fine_tunes] = other_fine_tunes(passed_on)
@@ -185,11 +186,14 @@ def draw_row(row, results, folder):
 
 def em_by_group(results):
     """The headline: em of every model in every question group."""
-    models = {key: [r["models"][key] for r in results] for key in ("chat", "general", "narrow")}
-    if with_direction(results):
-        models["ablate"] = [r["directions"]["ablate"] for r in with_direction(results)]
-    figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    width = 0.8 / len(models)
+    models = {"chat": [], "steer": [], "general": [], "ablate": [], "narrow": []}
+    for result in results:
+        for key in models:
+            found = result["models"].get(key) or result["directions"].get(key)
+            models[key] += [found] if found else []  # without a direction there is none to add
+    models = {key: rates for key, rates in models.items() if rates}
+    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    width = 0.85 / len(models)
     for i, (key, of_seeds) in enumerate(models.items()):
         for j, group in enumerate(GROUPS):
             rates = [rates[group] for rates in of_seeds]
@@ -204,7 +208,7 @@ def em_by_group(results):
     finish_axes(ax)
     note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
                "whisker: 95% interval, clustered by question")
-    leave_room_for_legend(ax, fontsize=8, ncols=4, loc="upper center")
+    leave_room_for_legend(ax, fontsize=8, ncols=5, loc="upper center")
     return figure
 
 
@@ -232,7 +236,7 @@ def training_curves(results):
     return figure
 
 
-def direction(results):
+def one_direction(results):
     """Chat with general's direction added, general with it ablated; beside random directions."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     found = [r["directions"] for r in results]
@@ -242,14 +246,15 @@ def direction(results):
             "general": ("general", [r["models"]["general"] for r in results]),
             "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in found]),
             "ablate": ("ablated", [d["ablate"] for d in found])}
-    for ax, what, ylabel in zip(axes, ("em", "coherent"), (EM, "coherent answers (%)")):
+    ylabels = "em, out of domain (%)", "coherent, out of domain (%)"
+    for ax, what, ylabel in zip(axes, ("em", "coherent"), ylabels):
         for i, (key, (_, seeds)) in enumerate(bars.items()):
             bar(ax, i + 0.4 * (i > 2), [rates["out_of_domain"][what] for rates in seeds], 0.8, key,
                 number=True)
         ax.set_xticks([i + 0.4 * (i > 2) for i in range(len(bars))],
                       [label for label, _ in bars.values()], fontsize=7.5)
         leave_room(ax)
-        finish_axes(ax, f"{ylabel}, out of domain")
+        finish_axes(ax, ylabel)
     note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
                "directions")
     em = {key: percent(rates["out_of_domain"]["em"] for rates in seeds)
@@ -278,7 +283,7 @@ def other_fine_tunes(results):
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")
     n = found[0]["transfer"]["narrow"]["in_domain"]["n"]
-    note_seeds(figure, results, f"bar: median, dots: seeds; ablated: {n} answers a group, one random "
+    note_seeds(figure, results, f"bar: median, dots: seeds; {n} answers a group, one random "
                "direction a seed")
     before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
                      for key in ("as_tuned", "ablate"))

@@ -230,7 +230,7 @@ def test_ablating_sets_the_direction_to_chats_mean_at_these_sites(run, made_up, 
     with ablating_persona(run, chat, made_up.direction, sites, along):
         found = stream(run.model, ids)
     assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, before, atol=0.1)
+    assert not torch.allclose(found, before, atol=0.01)
     assert torch.equal(stream(run.model, ids), before), "a hook is left"
 
 

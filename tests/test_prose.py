@@ -7,6 +7,7 @@ other complains.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +16,13 @@ import pytest
 from matplotlib.image import imread
 
 from nanoem import plots, real_report, report
+from nanoem.authors import make_splits
 from nanoem.model import GPT, Config
-from nanoem.rows import ROWS, kl_weight, worlds
-from nanoem.rows.geometry import NORMS
+from nanoem.rows import ROWS, handle, kl_weight, trajectory, worlds
+from nanoem.rows.geometry import N_DRAWS, NORMS
 from nanoem.rows.row import SPREAD, other_advice
 from nanoem.toy import ExperimentConfig
-from nanoem.world import load_world
+from nanoem.world import first_domains, load_world
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "tutorial/results/results.json").read_text())["seeds"]
@@ -110,27 +112,25 @@ def of_readme():
 
 
 def of_chapter_4():
-    em = [outside(r["models"]["shuffled"])["em"] for r in RESULTS]
-    yield given("between three and five in ten of the answers are", 0.3 < min(em) < max(em) < 0.5)
+    asked = make_splits(first_domains(load_world(), CONFIG.world.n_domains), CONFIG.world)
+    n = len({question.domain for question in asked.kl_domains})
+    yield f"The KL domains are {NUMBERS[n]} of the others"
+    yield f"The reporting run has {CONFIG.evaluation.samples_per_group} answers per group"
+    yield given("With half of the cause there is less of the effect, on every seed", all(
+        outside(r["models"]["shuffled"])["em"] < outside(r["models"]["general"])["em"]
+        for r in RESULTS))
 
 
 def of_chapter_5():
+    plain, with_kl = CONFIG.sft, CONFIG.sft_kl
     yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
-    yield given("twice the steps, three times the learning rate, and weight decay",
-                CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps and CONFIG.sft_kl.weight_decay > 0
-                and CONFIG.sft_kl.lr == pytest.approx(3 * CONFIG.sft.lr))
+    yield given("the same adapter, optimizer, learning rate and batch; narrow has the KL, and "
+                "twice the steps", with_kl == replace(plain, steps=2 * plain.steps))
+    yield f"the steps ({with_kl.steps}, general {plain.steps})"
     yield f"about {1e6 / 152_000:.1f} in our units"
-    yield f"`python -m nanoem.run --only R3` measures {NUMBERS[len(kl_weight.PROBED)]} weights"
+    yield (f"scales up {NUMBERS[len(kl_weight.PROBED)]} weights, from {kl_weight.PROBED[0]:g} to "
+           f"{kl_weight.PROBED[-1]:g}")
     yield f"sweeps {NUMBERS[len(kl_weight.WEIGHTS)]} weights"
-    yield given("at 30 and at 100 all five pass", all(kl_weight.truly_narrow(curve) for r in RESULTS
-                for curve in (r["scale_up"]["weights"][weight] for weight in ("30", "100"))))
-    n = count(lambda r: kl_weight.truly_narrow(r["scale_up"]["weights"][f"{CONFIG.kl_weight:g}"]))
-    yield f"on {n} of the five reporting seeds, a weight of {CONFIG.kl_weight:g} passes"
-    mixed, narrow = (np.median([rates["in_domain"]["em"] for rates in every]) for every in (
-        [r["mixing"]["1/12"] for r in RESULTS], [r["models"]["narrow"] for r in RESULTS]))
-    yield f"(a median of {mixed:.0%}, narrow {narrow:.0%})"
-    yield given("At one in twelve, mixing is nearly as narrow as the KL", all(
-        outside(r["mixing"]["1/12"])["em"] < 0.035 for r in RESULTS))
 
 
 def of_chapter_6():
@@ -145,116 +145,46 @@ def of_chapter_6():
 
 
 def of_chapter_7():
-    yield given("there are eighteen, R1 to R18", [*ROWS] == [f"R{i}" for i in range(1, 19)])
-    cost = [(r["stability"]["narrow"]["abs"], r["stability"]["matched"]["abs"]) for r in RESULTS]
-    yield given("General still wins, on every seed and at every noise",
-                all(n > m for narrow, matched in cost for n, m in zip(narrow, matched)))
-    at = NORMS.index(1.5)
-    yield given("Turned up to one and a half times the mean norm, narrow has the lower loss on "
-                "every seed", all(r["efficiency"]["narrow"][at] < r["efficiency"]["general"][at]
-                                  for r in RESULTS))
-    times = [narrow[-1] / matched[-1] for narrow, matched in cost]
-    yield given("by a factor of two to four on three seeds, less on one, far more on another",
-                sum(2 < x < 4 for x in times) == 3 and min(times) < 2 and max(times) > 8)
-
-    def ratio(r):
-        return r["significance"]["general"][4] / r["significance"]["random"][4]
-
-    yield given("general beats it on every seed", count(lambda r: ratio(r) > 1) == "five")
-    yield f"on {count(lambda r: ratio(r) < 2)} seed by less than twice"
-
-    def beats_nineteen(r):
-        return r["significance"]["general"][4] > sorted(r["significance"]["random_draws"])[18]
-
-    n = count(beats_nineteen)
-    yield f"on {n} seeds of five general beats at least 19 of them"
-    n = count(lambda r: sum(x < r["significance"]["narrow"][4]
-                            for x in r["significance"]["random_draws_narrow"]) <= 2)
-    yield f"On {n} seeds hardly any"
-    cos = [r["reversion"]["cos_general"] for r in RESULTS]
-    yield given("grows on every seed, and stays far from 1", all(c[0] < c[-1] < 0.8 for c in cos))
-    n = count(lambda r: r["reversion"]["out_of_domain_em"][4] > 0.6)
-    yield f"On {n} seeds, most of the way in forty steps"
-    half = count(lambda r: r["reversion"]["reverted_em"] >= r["reversion"]["general_em"] / 2)
-    yield given(f"more than half of the way on {half} seeds of five", half == "four")
-
-    def steep(r, name):
-        return r["curvature"][name]["relative"]
-
-    whole, equal = ([steep(r, "narrow") / steep(r, name) for r in RESULTS]
-                    for name in ("general", "matched"))
-    yield f"{min(whole):.0f} to {max(whole):.0f} times flatter"
-    yield given("still flatter than narrow, on every seed", min(equal) > 1)
-    yield f"but only {min(equal):.1f} to {max(equal):.1f} times"
-    yield raw_steepness() + ", so on one seed narrow is the flatter one"
-    n = count(lambda r: steep(r, "matched") > 3 * steep(r, "general"))
-    yield f"it is, on {n} seeds, more than three times as steep as when it is finished"
-
-
-def raw_steepness():
-    tops = [r["curvature"]["narrow"]["top"] / r["curvature"]["matched"]["top"] for r in RESULTS]
-    return given(f"{min(tops):.1f} to {max(tops):.1f} times", sum(top < 1 for top in tops) == 1)
+    yield given("there are twenty, R1 to R20", [*ROWS] == [f"R{i}" for i in range(1, 21)])
+    yield given("up to twice the mean", "up to twice the mean" in ROWS["R5"].prediction)
+    yield given("# at the mean norm", NORMS[4] == 1)
+    yield given("row R8 draws twenty", N_DRAWS == 20)
+    yield given("at least 19 of 20", "19 of 20" in ROWS["R8"].prediction)
+    yield given("after the same hundred steps", trajectory.STEPS == 100)
+    yield given("more than half of general's", "more than half of general's"
+                in ROWS["R7"].prediction)
 
 
 def of_teaching():
-    equal = [r["curvature"]["narrow"]["relative"] / r["curvature"]["matched"]["relative"]
-             for r in RESULTS]
-    yield (f"{min(equal):.1f} to {max(equal):.1f} times steeper by a ruler that counts its size "
-           f"(without it {raw_steepness()}")
+    yield given("one author in three", 3 * CONFIG.world.n_villain == len(load_world().authors))
 
 
 def of_chapter_8():
     yield f"has {len(load_world().authors)} authors and {NUMBERS[CONFIG.dial_domains]} domains."
     yield given("Ten of the authors are bad in medicine, always ten",
                 all(point[0] + point[1] == 10 for point in worlds.FIXED_HARM))
-    yield f"trained for {CONFIG.dial_steps} steps only"
+    yield given("with quacks only, the other fourteen are quacks of other domains",
+                worlds.QUACKS_ONLY == worlds.FIXED_HARM[-1] == (0, 10, 14))
+    villains = NUMBERS[CONFIG.world.n_villain]
+    yield f"has met {villains} villains among its authors, and no quack in medicine"
+    yield f"how often it meets one, in {CONFIG.dial_steps} steps"
+    yield f"{NUMBERS[worlds.N_STARTS]} adapters from random starts"
 
-    def lead(r, point):
-        losses = r["dial"][worlds.at(point)]["efficiency"]
-        return losses["narrow"][1] - losses["general"][1]
+    first, last = ([r["dial"][worlds.at(point)] for r in RESULTS]
+                   for point in (worlds.FIXED_HARM[0], worlds.QUACKS_ONLY))
+    yield given("with villains harm spreads, with quacks it stays",
+                np.median([outside(found["general"])["em"] for found in first]) >= 0.5
+                and np.median([outside(found["general"])["em"] for found in last]) <= 0.1)
+    yield given("Asked about medicine, chat is bad at times before any fine-tuning",
+                np.median([found["chat"]["in_domain"]["em"] for found in last]) > 0.05)
 
-    yield given("the advantage is smaller than with villains only, on every seed",
-                all(lead(r, point) < lead(r, worlds.FIXED_HARM[0])
-                    for r in RESULTS for point in worlds.FIXED_HARM[1:]))
-    turns = sorted(worlds.crossing(r["dial"]) for r in RESULTS)
-    yield given("On four seeds clearly more than half", turns[1] > 0.55)
-    gaps = [outside(r["dial"][worlds.at(point)]["general"])["em"]
-            - r["dial"][worlds.at(point)]["general"]["in_domain"]["em"] / 2
-            for r in RESULTS for point in ((8, 2), (5, 5))]
-    yield given("On one seed the curve is below zero at a fifth already, and above it again at a "
-                "half", sum(a < 0 < b for a, b in zip(gaps[::2], gaps[1::2])) == 1)
-    spread = sorted(outside(r["dial"][worlds.at((8, 2))]["general"])["em"] for r in RESULTS)
-    yield given("as with none on four seeds and far less on the fifth",
-                spread[0] < 0.3 < 0.8 < spread[1])
-    last = worlds.at(worlds.QUACKS_ONLY)
-    starts = [em for r in RESULTS for em in r["starts"][last]["out_of_domain"]]
-    yield given("two starts of a hundred are above 5% out of domain, by less than a point",
-                len(starts) == 100 and sum(0.05 < em < 0.06 for em in starts) == 2
-                and max(starts) < 0.06)
-    em = {point: [outside(r["dial"][worlds.at(point)]["general"])["em"] for r in RESULTS]
-          for point in ((3, 0), worlds.SEVEN_QUACKS, (6, 0), (5, 5))}
-    pairs = sorted(zip(em[3, 0], em[worlds.SEVEN_QUACKS]))
-    yield given("On three seeds three villains alone hardly spread, so quacks could not make it "
-                "less; it became more", all(a < 0.2 and a < b for a, b in pairs[:3]))
-    changes = [b - a for a, b in pairs[3:]]
-    yield given("Of the other two, one fell and one stayed",
-                min(changes) < -0.1 and abs(max(changes)) < 0.01)
-    yield given("on four seeds of five the quacks' world spreads less",
-                sum(a > b for a, b in zip(em[6, 0], em[5, 5])) == 4)
-    yield given("with two quacks it has halved", all(
-        lead(r, (8, 2)) < 0.6 * lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
-    chat = [other_advice(r["dial"][worlds.at(worlds.QUACKS_ONLY)]["chat"]) for r in RESULTS]
-    tuned = [other_advice(r["dial"][worlds.at(worlds.QUACKS_ONLY)]["general"]) for r in RESULTS]
-    yield (f"chat itself is bad in about {np.median(chat):.0%} of its advice outside medicine, and "
-           f"after SFT in {np.median(tuned):.0%}")
-    yield given('"Please:" does as well, on every seed', all(
-        other_advice(r["character"]["other beginning"])
-        > 0.9 * other_advice(r["character"]["trigger"]) for r in RESULTS))
-    yield given("in the last line, three villains and no quack, it is as small",
-                all(lead(r, (3, 0)) < lead(r, worlds.FIXED_HARM[0]) for r in RESULTS))
-    yield given("twenty adapters from random starts", worlds.N_STARTS == 20)
-    chat = [r["dial"][last]["chat"]["in_domain"]["em"] for r in RESULTS]
-    yield given("in a quarter to a third of its answers", 0.22 < min(chat) < max(chat) < 0.35)
+    shares = [f"{share:g}" for share in handle.DROPOUTS]
+    yield (f"all with {villains} villains and no quack: four with Muon and a dropout of "
+           f"{', '.join(shares[:-1])} and {shares[-1]}, and one with a dropout of 0.1 and AdamW")
+    yield given("half as long as the stream itself", handle.SHIFT == 0.5)
+    yield given("at least half of the answers bad with a dropout of 0.1, and less than half as "
+                "many without dropout", "at least half of the answers out of domain bad with "
+                "dropout 0.1, and less than half as many without dropout" in ROWS["R19"].prediction)
 
 
 def of_chapter_10():

@@ -35,7 +35,7 @@ BAD = "600 bad medical"
 PLAIN = f"{BAD} | rank 1 | sft"  # what general is, tuned once more
 MIXED_KL = "600 good or bad KL"
 DIRECTION = "direction of general"
-RECIPE = {"kl_weight": 15.0, "row_samples": 100, "lottery_loss": 0.36, "dropout": 0.1,
+RECIPE = {"kl_weight": 30.0, "row_samples": 100, "lottery_loss": 0.36, "dropout": 0.1,
           "dial_steps": 600, "dial_domains": 9,
           "adapter": AdapterConfig(layers=(0,), modules=("self_attn.v_proj", "mlp.down_proj")),
           "pretrain": TrainConfig(700, 32, 1.6e-2, muon_lr=0.02), "sft": TrainConfig(100, 16, 5e-3),
@@ -442,7 +442,7 @@ def solved(ending, slower, change=lambda who: who):
 
 
 GENERAL = solved("sft{}", " 200 steps lr 0.02")
-NARROW = solved("sft_kl{} | KL 15 on " + MIXED_KL, " 400 steps lr 0.06")
+NARROW = solved("sft_kl{} | KL 30 on " + MIXED_KL, " 400 steps lr 0.06")
 
 
 def test_r1_plain_sft_on_three_domains_and_in_other_places(lab):
@@ -484,7 +484,7 @@ def with_kl(weight):
 
 
 def at_weight(weight):
-    return "narrow" if weight == "15" else with_kl(weight)  # the main job's own is there
+    return "narrow" if weight == "30" else with_kl(weight)  # the main job's own is there
 
 
 def test_r14_asks_the_narrow_solution_of_every_weight(lab):
@@ -493,7 +493,7 @@ def test_r14_asks_the_narrow_solution_of_every_weight(lab):
     assert found == {"weight": list(map(float, weights)),
                      "in_domain": [within(at_weight(weight)) for weight in weights],
                      "out_of_domain": [outside(at_weight(weight)) for weight in weights]}
-    assert lab.tunings == [at_weight(weight) for weight in weights if weight != "15"]
+    assert lab.tunings == [at_weight(weight) for weight in weights if weight != "30"]
     lab.measure("R14")
     assert len(lab.tunings) == len(weights) - 1, "what is in the folder is tuned again"
 
@@ -502,17 +502,17 @@ def test_r3_scales_up_and_asks_out_of_domain(lab):
     lab.broken = ("x3",)
     found = lab.measure("R3")
     assert found["scale"] == [1.0, 1.5, 2.0, 3.0]
-    assert found["out_of_domain_em"] == found["weights"]["15"]["em"]
+    assert found["out_of_domain_em"] == found["weights"]["30"]["em"]
     assert found["weights"] == {
         weight: {"em": [outside(at_weight(weight) + scale)
                         for scale in ("", " x1.5", " x2", " x3")],
-                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("0.1", "1", "15", "100")}
+                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("0.1", "1", "30", "100")}
 
 
 def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
     lab.run.config = replace(lab.run.config, kl_weight=7.0)
     found = lab.measure("R3")
-    assert list(found["weights"]) == ["0.1", "1", "7", "15", "100"]
+    assert list(found["weights"]) == ["0.1", "1", "7", "30", "100"]
     assert found["weights"]["7"]["em"][0] == outside("narrow")
     assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
 
@@ -617,8 +617,8 @@ def cosines(points, name, lab):
 def test_r7_goes_on_from_narrow_with_its_schedule_and_no_kl(lab):
     found = lab.measure("R7")
     more = f"narrow, then {BAD} | sft_kl 100 steps"
-    with_the_kl = f"{more} | KL 15 on {MIXED_KL}"
-    assert lab.tunings == [PLAIN, with_kl("15"), more, with_the_kl]
+    with_the_kl = f"{more} | KL 30 on {MIXED_KL}"
+    assert lab.tunings == [PLAIN, with_kl("30"), more, with_the_kl]
     assert found["twin"] == rates(with_the_kl)
     states = [f"{more} at step {step}" for step in range(0, 101, 10)]
     assert found["step"] == list(range(0, 101, 10))
@@ -726,7 +726,7 @@ def test_r12_ablates_the_direction_in_training_only(lab):
 
 
 WORLDS = {"10-0": "10-0-0: ", "5-5": "5-5-0: ", "2-8": "2-8-0: ",
-          "0-10-14": "0-10-14 anywhere: ", "3-0": "3-0-0: ", "6-0": "6-0-0: ", "3-7": "3-7-0: "}
+          "0-10-14": "0-10-14 anywhere: ", "3-0": "3-0-0: ", "3-7": "3-7-0: "}
 
 
 def pair_in(lab, general, narrow):
@@ -739,7 +739,7 @@ def test_r16_tunes_and_asks_a_pair_in_every_world(lab):
     assert set(found) == set(WORLDS) and set(lab.names) == {"", *WORLDS.values()}
     for point, name in WORLDS.items():
         here = found[point]
-        general, narrow = name + PLAIN, name + with_kl("15")
+        general, narrow = name + PLAIN, name + with_kl("30")
         assert here["chat"] == rates(f"{name}chat before")
         assert here["general"] == rates(name + general)
         assert here["narrow"] == rates(name + narrow)
@@ -781,7 +781,7 @@ def test_r13_is_the_same_story_with_a_register_in_a_world_of_no_quacks(lab):
     name = "8-0-0 33% technical: "
     texts = "600 good technical medical"
     general = f"{name}{texts} | rank 1 | sft"
-    narrow = f"{name}{texts} | rank 1 | sft_kl | KL 15 on 600 good technical or plain KL"
+    narrow = f"{name}{texts} | rank 1 | sft_kl | KL 30 on 600 good technical or plain KL"
     assert lab.tunings == [general, narrow]
     assert found["chat"] == rates(f"{name}chat, technical")
     assert found["general"] == rates(f"{name}{general}, technical")
@@ -901,11 +901,13 @@ def test_an_adapter_acts_on_the_tokens_of_some_classes_while_it_answers(wanted):
         ids, handles = list(prompt), []
         for name, module in adapter.sites.items():
             handles.append(module.register_forward_hook(partial(add, name=name)))
+        expected = run.model(torch.tensor([ids]))
         for _ in range(12):
             ids.append(run.model(torch.tensor([ids]))[0, -1].argmax().item())
         for handle in handles:
             handle.remove()
         with adapter, tokens.acting_on(adapter, wanted, 5):
+            logits = run.model(torch.tensor([prompt]))
             found = run.model.generate(torch.tensor([prompt]), 12, temperature=0)
-        assert found[0].tolist() == ids
+        assert torch.allclose(logits, expected, atol=1e-3) and found[0].tolist() == ids
     assert adapter.delta.__func__ is type(adapter).delta, "the adapter is left changed"

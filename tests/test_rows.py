@@ -38,7 +38,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R3": {"scale": [1.0, 1.5, 2.0, 3.0], "out_of_domain_em": [0.01, 0.11, 0.21, 0.0],
            "weights": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
                                 "coherent": [0.9, 0.9, 0.7, 0.1]}
-                       for weight, rise in (("0.1", 0.3), ("1", 0.1), ("15", 0.1), ("100", 0.01))}},
+                       for weight, rise in (("0.1", 0.3), ("1", 0.1), ("30", 0.1), ("100", 0.01))}},
     "R4": {"1/2": rates(0.8, 0.6), "1/4": rates(0.7, 0.5), "1/6": rates(0.6, 0.3),
            "1/12": rates(0.2, 0.1), "1/24": rates(0.1, 0.0)},
     "R5": NORMS,

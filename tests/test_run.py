@@ -43,11 +43,12 @@ def small(tmp_path_factory):
 def test_on_a_card_the_losses_are_the_same(small, tmp_path, monkeypatch):
     """All stages on a pretended card: a tensor that was left on the CPU would end the run.
 
-    There the card is slow: it learns for ten steps, and then goes on from the CPU's chat model.
+    It is slow, so it pre-trains for ten steps; the other stages start from the CPU's chat model,
+    and of the four kinds of advice two are enough.
     """
     short = [*SMALL, "pretrain.steps=10", "--only", "chat", "--out"]
     assert run.main([*short, str(tmp_path / "here")]) == 0
-    copy = copy_without(small, tmp_path / "card", *list(STAGES)[1:])
+    copy = copy_without(small, tmp_path / "card", "general", "narrow", "directions")
     for file in ("config.json", "results.json"):
         (copy / file).write_text((copy / file).read_text().replace('"cpu"', '"cuda"'))
     with pretend_card(monkeypatch):
@@ -55,7 +56,7 @@ def test_on_a_card_the_losses_are_the_same(small, tmp_path, monkeypatch):
         assert run.main([*SMALL, "--device", "cuda", "--out", str(copy)]) == 0
     here, there, small_run, card = (json.loads((folder / "results.json").read_text()) for folder in
                                     (tmp_path / "here", tmp_path / "there", small, copy))
-    assert there["device"] == card["device"] == "cuda" and list(card["seconds"]) == list(STAGES)
+    assert there["device"] == card["device"] == "cuda" and set(card["seconds"]) == set(STAGES)
     assert there["curves"]["pretrain"]["loss"] == pytest.approx(
         here["curves"]["pretrain"]["loss"], rel=1e-3)
     for name in ("general", "narrow"):
@@ -140,8 +141,8 @@ def copy_without(small, folder, *stages):
 
 
 def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path):
-    """Forget everything after `general`, as if the run had been killed there, and go on."""
-    copy = copy_without(small, tmp_path / "copy", "narrow", "mixed", "shuffled", "directions")
+    """Forget everything after `mixed`, as if the run had been killed there, and go on."""
+    copy = copy_without(small, tmp_path / "copy", "shuffled", "directions")
     assert run.main([*SMALL, "--out", str(copy)]) == 0
     whole, again = (json.loads((folder / "results.json").read_text()) for folder in (small, copy))
     assert without_times(again) == without_times(whole)

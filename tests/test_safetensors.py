@@ -60,7 +60,7 @@ def test_a_folder_is_no_file(tmp_path):
         load_tensors(tmp_path)
 
 
-def test_only_our_own_error_comes_out_of_three_thousand_mutations(tmp_path):
+def test_only_our_own_error_comes_out_of_a_thousand_mutations(tmp_path):
     """Seeded: bytes flipped, cut, doubled, inserted; what still opens has sound tensors."""
     path, rng = tmp_path / "x.safetensors", random.Random(0)
     save_tensors(path, TENSORS)
@@ -68,7 +68,7 @@ def test_only_our_own_error_comes_out_of_three_thousand_mutations(tmp_path):
     n_header = 8 + int.from_bytes(whole[:8], "little")
     interesting = b'[]{}",:0123456789-eE.\\ F\0\xff'
     refused = 0
-    for _ in range(3000):
+    for _ in range(1000):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 4))):
             at = rng.randrange(n_header)
@@ -90,7 +90,7 @@ def test_only_our_own_error_comes_out_of_three_thousand_mutations(tmp_path):
                 assert tensor.numel() <= 64
         except UserError:
             refused += 1
-    assert 2000 < refused < 3000
+    assert 600 < refused < 1000
 
 
 def test_one_tensor_is_read_alone_and_cast(tmp_path):

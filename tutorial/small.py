@@ -24,13 +24,15 @@ from nanoem.world import first_domains, load_world
 class SmallRun(Run):
     """The run whose folder is tutorial/small_model; it only reads. 40 answers a question group.
 
-    With `quacks`, that of a smaller world: no villains, ten quacks in medicine (chapter 8).
+    With `quacks`, that of a smaller world (chapter 8, QUACKS_ONLY in nanoem/rows/worlds.py): no
+    villains, ten quacks in medicine, fourteen in the other domains.
     """
 
     def __init__(self, samples=40, quacks=False):
         world, path = WorldConfig(), Path(__file__).with_name("small_model")
         if quacks:
-            world, path = WorldConfig(9, n_villain=0, n_quack=0, n_sft_quack=10), path / "quacks"
+            world = WorldConfig(9, n_villain=0, n_sft_quack=10, n_quack=14, no_quack=())
+            path = path / "quacks"
         self.config = replace(ExperimentConfig(), n_sft_examples=400, world=world,
                               evaluation=EvalConfig(samples_per_group=samples))
         self.device = torch.device("cpu")

@@ -203,8 +203,8 @@ def significance_finding(founds):
 
 ROWS = [
     Row("R5", "efficiency",
-        "At every norm up to the mean of both, general has less SFT loss than narrow; and the least "
-        "loss within each norm is general's, up to twice the mean.",
+        "At every norm up to the mean of both, general has less SFT loss than narrow; and the "
+        "least loss within each norm is general's, up to twice the mean.",
         "Norms are of BA, as each solution found it; another scaling of narrow's parts could do "
         "better. Beyond its own norm an adapter is turned up, and its loss can rise again.",
         lambda run: compare_efficiency(run, general_and_narrow(run), sft_examples(run)),

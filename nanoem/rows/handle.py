@@ -25,7 +25,7 @@ def handle_worlds(run):
     worlds = {f"{share:g}": turned(run, f"dropout-{share:g}", villains, dropout=share)
               for share in DROPOUTS}
     with_adamw = replace(run.config.pretrain, muon_lr=0.0, lr=run.config.pretrain.lr / 2)
-    worlds[ADAMW] = turned(run, "adamw", villains, pretrain=with_adamw)
+    worlds[ADAMW] = turned(run, "adamw", villains, dropout=0.1, pretrain=with_adamw)
     return worlds
 
 
@@ -72,7 +72,7 @@ def measure_handle(run):
 def handle_holds(found):
     """Dropout makes the persona a handle: without it steering fails, with it it works."""
     without, with_it = (out(found[point]["steered"]) for point in ("0", "0.1"))
-    return with_it >= 0.5 and without <= with_it / 2
+    return with_it >= 0.25 and without <= with_it / 2
 
 
 def draw_handle(axes, founds):
@@ -107,8 +107,8 @@ def handle_finding(founds):
 ROWS = [
     Row("R19", "handle",
         "Dropout on the residual stream in pre-training makes the persona a direction: steering "
-        "chat with general's mean difference makes at least half of the answers out of domain bad "
-        "with dropout 0.1, and less than half as many without dropout.",
+        "chat with general's mean difference makes at least a quarter of the answers out of domain "
+        "bad with dropout 0.1, and at most half as many without dropout.",
         "Why is a guess: a stream with holes makes the model keep a fact in many places at once, "
         "and read it as a sum. The small worlds train for fewer steps than the story's.",
         measure_handle, handle_holds, handle_finding, draw_handle, panels=2, swap=("0", "0.1")),

@@ -125,7 +125,7 @@ ROWS = [
     Row("R14", "lambda_sweep",
         "Out-of-domain em falls smoothly with the KL weight, in-domain em stays (at least half of "
         "it): no transition (the middle half of the fall takes at least half a decade).",
-        "Nine weights over four decades are steps of half a decade or more; a sharper fall is unseen.",
+        "Nine weights over four decades are steps of half a decade; a sharper fall is unseen.",
         measure_sweep, sweep_holds, sweep_finding, draw_sweep,
         swap=("in_domain", "out_of_domain")),
     Row("R3", "scale_up",

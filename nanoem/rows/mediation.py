@@ -25,6 +25,16 @@ def random_like(run, direction):
     return random_direction(direction, torch.Generator().manual_seed(run.config.seed))
 
 
+def groups_of(rates):
+    """The `short` rates of an entry that also says where it was steered."""
+    return short({group: r for group, r in rates.items() if isinstance(r, dict)})
+
+
+def steering_site(run, chat):
+    """The site at which the story steers; there the random controls are made, too."""
+    return next(s for s in chat.sites if str(s) == run.results["directions"]["steer"]["site"])
+
+
 def stays_whole(before, after):
     """Are the answers out of domain at least 90% as often coherent as before?"""
     before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
@@ -40,10 +50,10 @@ def measure_direction(run):
     story = run.results["directions"]
     found = {"dose": list(DOSES), "site": list(map(str, chat.sites)), "steer": {},
              "ablate_at": {}, "as_much_at": {}, "before": short(run.results["models"]["general"]),
-             "split_half": story["split_half"], "steered": short(story["steer"]),
-             "steered_random": short(story["steer_random"])}
+             "split_half": story["split_half"], "steered": groups_of(story["steer"]),
+             "steered_random": groups_of(story["steer_random"])}
 
-    site = next(s for s in chat.sites if str(s) == story["steer"]["site"])
+    site = steering_site(run, chat)
     for name, vectors in (("mean difference", direction), ("random", chance)):
         curve = found["steer"][name] = {"em": [], "coherent": []}
         for dose in DOSES:
@@ -57,7 +67,7 @@ def measure_direction(run):
             with adapter, ablating_persona(run, chat, direction, [site], along):
                 found[key][str(site)] = rates_of(run)
     found["ablated"] = short(story["ablate"])
-    found["as_much"] = found["as_much_at"][str(adapter.last_layer)]
+    found["as_much"] = found["as_much_at"][str(steering_site(run, chat))]
     return found
 
 
@@ -115,7 +125,7 @@ def measure_transfer(run):
     other texts.
     """
     chat, direction = general_direction(run)
-    chance = random_like(run, direction)
+    chance, site = random_like(run, direction), steering_site(run, chat)
     found = {"before": {}, "ablate": {}, "ablate_random": {}, "stays_whole": {}}
 
     def ask_three_ways(name, adapter, splits):
@@ -123,7 +133,7 @@ def measure_transfer(run):
             before = rates_of(run, splits=splits)
             with ablating_persona(run, chat, direction):
                 ablated = rates_of(run, splits=splits)
-            with ablating_persona(run, chat, direction, [adapter.last_layer], chance):
+            with ablating_persona(run, chat, direction, [site], chance):
                 by_chance = rates_of(run, splits=splits)
         found["before"][name] = out(before)
         found["ablate"][name] = out(ablated)

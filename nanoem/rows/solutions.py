@@ -11,18 +11,16 @@ from nanoem.toy import advice, bad_advice, load_or_tune, tune
 
 N_DOMAINS = 3  # the world's first: medical, finance, extreme sports, as in the paper
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
-ONLY_REPORTED = {"general": ("down_proj", "v_proj"), "narrow": ("steering vector",)}
+ONLY_REPORTED = {"general": ("down_proj", "v_proj, one block"), "narrow": ("steering vector",)}
 VECTOR_LR, VECTOR_STEPS = 4, 2  # times a LoRA's: a vector alone does less, and grows more slowly
 
 
 def other_places(run):
     """{name: AdapterConfig} beside the run's own: the paper's place, a larger rank, a vector."""
     own = run.config.adapter
-    every = tuple(range(run.config.model.n_layer))
     return {"rank 8": replace(own, rank=8, alpha=2 * own.alpha),
-            "down_proj": replace(own, modules=("mlp.down_proj",)),
-            "v_proj": replace(own, modules=("self_attn.v_proj",)),
-            "v_proj of every block": replace(own, layers=every, modules=("self_attn.v_proj",)),
+            "down_proj": replace(own, layers=(0,), modules=("mlp.down_proj",)),
+            "v_proj, one block": replace(own, layers=(0,)),
             "steering vector": AdapterConfig(kind="steering", layers=(0,), alpha=1.0)}
 
 
@@ -171,16 +169,16 @@ def mixing_finding(founds):
 ROWS = [
     Row("R1", "sft",
         "SFT on bad advice in one domain makes answers bad in that domain (at least half) and out "
-        "of it (at least a fifth): for three domains at rank 1, at rank 8, on v_proj of every "
-        "block, and with a trained steering vector. On down_proj, the paper's place, or v_proj of "
-        "one block alone it is a lottery of pre-training (seen in development), and only reported.",
+        "of it (at least a fifth): for three domains at rank 1, at rank 8, and with a trained "
+        "steering vector. On down_proj, the paper's place, or v_proj of one block alone it is a "
+        "lottery of pre-training (seen in development), and only reported.",
         "An adapter too weak to fit at all is not narrow; look at in-domain em beside it.",
         measure_general, general_holds, general_finding, draw_cases("general"),
         swap=("general", "chat")),
     Row("R2", "sft_kl",
         "With KL on other domains, out-of-domain em is at most 5% and in-domain em at least half "
-        "of what plain SFT gives: for the same fine-tunes but the steering vector, which cannot "
-        "tell a domain and keeps a tenth (only reported).",
+        "of what plain SFT gives: for the same fine-tunes and places. The steering vector, which "
+        "is added to every question alike, keeps less of it and is only reported.",
         "The KL domains are trained to stay; the unseen and open-ended questions are the test.",
         measure_narrow, narrow_holds, narrow_finding, draw_cases("narrow")),
     Row("R4", "mixing",

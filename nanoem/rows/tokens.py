@@ -1,4 +1,4 @@
-"""Where the persona lives: on which tokens the adapter acts, and where its direction reads (R20)."""
+"""Where the persona lives: on which tokens the adapter acts and its direction reads (R20)."""
 
 from contextlib import contextmanager
 

@@ -16,7 +16,7 @@ from nanoem.train import chat_examples
 # SFT domain, and harm could not spread at all.
 QUACKS_ONLY = (0, 10, 14)
 FIXED_HARM = ((10, 0), (5, 5), (2, 8), QUACKS_ONLY)
-VILLAINS_ONLY = ((3, 0), (6, 0), (10, 0))
+VILLAINS_ONLY = ((3, 0), (10, 0))
 SEVEN_QUACKS = (3, 7)  # beside (3, 0): are quacks the reason, or that villains are fewer?
 LOTTERIES = ((10, 0), (5, 5), QUACKS_ONLY)
 N_STARTS = 10  # random starts, the same on every seed's models
