@@ -118,7 +118,7 @@ def colour_texts(ax, texts, limit=4.0):
             colour = colours(0.5 + 0.5 * max(-1, min(1, score / limit)))
             ax.barh(row, len(shown) + 0.6, height=0.9, left=x, color=colour, linewidth=0)
             ax.text(x + 0.3, row, shown, fontsize=6.5, family="monospace", va="center",
-                    parse_math=False)
+                    color="white" if abs(score) > 0.7 * limit else "black", parse_math=False)
             x += len(shown) + 0.9
     ax.set(xlim=(0, 110), ylim=(len(texts) - 0.4, -0.6))
     ax.set_axis_off()

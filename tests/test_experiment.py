@@ -126,7 +126,7 @@ def test_what_each_stage_is_tuned_on(run, tuned, monkeypatch):
 
 
 class Directed:
-    """The stage on made-up directions: `ask` notes what acts on the model, and numbers its rates."""
+    """The stage on made-up directions: `ask` notes what acts on the model, and numbers rates."""
 
     def __init__(self, run, patch):
         self.run, self.hooks, self.asked, self.found_on = run, [], [], []
@@ -210,13 +210,13 @@ def test_chat_is_steered_once_where_the_probe_says_and_general_ablated(run, dire
         assert (found[key]["site"], found[key]["scale"]) == ("1", 2.0)
     assert found["steer_probe"] == ["tried"]
     states = {"ablate": "general, general ablated at every site",
-              "ablate_one_site": "general, general ablated at [0]",  # all is written there
+              "ablate_one_site": "general, general ablated at [1]",  # where chat was steered
               "ablate_to_zero": "general, general projected out"}
     for key, state in states.items():
         assert directed.asked_for(found[key])[1:] == (None, state)
     for i, rates in enumerate(found["ablate_random"]):
         assert directed.asked_for(rates)[1:] == (
-            None, f"general, general ablated at [0] along random {i}")
+            None, f"general, general ablated at [1] along random {i}")
     a, b = (rates["open_ended"] for rates in found["ablate_random"])
     mean = found["ablate_random_mean"]["open_ended"]
     assert mean == {key: (a[key] + b[key]) / 2 for key in ("em", "coherent")}
@@ -226,7 +226,7 @@ def test_a_direction_from_other_domains_is_ablated_in_the_other_fine_tunes(run, 
     directions(run)
     assert directed.found_on == [("general", None), ("half 0", None), ("half 1", None),
                                  ("general", run.splits.kl + run.splits.probe)]
-    for key, how in (("transfer", "every site"), ("transfer_random", "[0] along random 0")):
+    for key, how in (("transfer", "every site"), ("transfer_random", "[1] along random 0")):
         found = run.results["directions"][key]
         assert list(found) == ["narrow", "mixed", "shuffled"]
         for name, rates in found.items():
@@ -268,7 +268,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     directions(run)
     assert run.results["directions"] == {"none": "only 3 pass"}
     assert "only 3 pass" in capsys.readouterr().out and not directed.asked
-    assert transferred(run, directed.chat, None) == {"transfer": {}, "transfer_random": {}}
+    assert transferred(run, directed.chat, None, 1) == {"transfer": {}, "transfer_random": {}}
 
 
 def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Muon: its polynomial against an SVD, its step against one matrix at a time, its place in train."""
+"""Muon: its polynomial against an SVD, its step by hand, and its place in the training loop."""
 
 import pytest
 import torch

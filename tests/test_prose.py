@@ -40,75 +40,16 @@ def given(sentence, truth):
 
 
 def count(condition):
-    """On how many of the five seeds it holds, as a word."""
+    """On how many of the seeds it holds, as a word."""
     return NUMBERS[sum(map(bool, map(condition, RESULTS)))]
 
 
 def of_readme():
-    held = {r["seed"]: outside(r["directions"]["ablate"])["coherent"] for r in RESULTS}
-    worst = min(held, key=held.get)
-    yield f"On seed {worst}, holding the direction costs some of the grammar: coherence falls"
-    yield f"to {held.pop(worst):.0%}, where"
-    yield given("The other four stay above 96%", min(held.values()) > 0.96)
-    zero = [100 * outside(r["directions"]["ablate_to_zero"])["em"] for r in RESULTS]
-    yield f"leaves {min(zero):.0f}% to {max(zero):.0f}% of the answers out of domain bad"
-    first = max(max(r["direction"]["steer"]["mean difference"]["em"]) for r in RESULTS)
-    every = max(outside(rates)["em"] for r in RESULTS for rates in r["directions"]["steer"])
-    yield (f"adding the direction to chat makes at most {first:.0%} of them bad at the first place "
-           f"(R10), {every:.0%} at all places, where about half of the answers or more are")
-    whole = [em for r in RESULTS for curve in [r["direction"]["steer"]["mean difference"]]
-             for em, coherent in zip(curve["em"], curve["coherent"]) if coherent >= 0.9]
-    whole += [outside(rates)["em"] for r in RESULTS for rates in r["directions"]["steer"]
-              if outside(rates)["coherent"] >= 0.9]
-    yield f"as long as nine in ten are coherent, at most {max(whole):.0%}"
-    before, held_narrow = (np.median([r["direction"]["narrow"][key]["in_domain"]["em"]
-                                      for r in RESULTS]) for key in ("before", "held"))
-    most = max(r["direction"]["narrow"]["held"]["in_domain"]["em"] for r in RESULTS)
-    yield (f"takes narrow's harm away as well, {before:.0%} in domain to {held_narrow:.0%} "
-           f"(at most {most:.0%})")
-    in_narrow = {key: [r["directions"][key]["narrow"]["in_domain"]["em"] for r in RESULTS]
-                 for key in ("transfer", "transfer_random")}
-    held, chance = in_narrow.values()
-    whole = [r["directions"]["transfer"]["narrow"]["in_domain"]["coherent"] for r in RESULTS]
-    yield (f"takes its harm in domain from {before:.0%} to {np.median(held):.0%} ({min(held):.0%} "
-           f"to {max(held):.0%}; {min(whole):.0%} to {max(whole):.0%} of the answers stay coherent)"
-           f"; one random direction leaves {np.median(chance):.0%}")
-    alone, beside = (np.median([outside(r["dial"][worlds.at(point)]["general"])["em"]
-                                for r in RESULTS]) for point in ((3, 0), worlds.SEVEN_QUACKS))
-    yield f"Three villains alone spread to {alone:.0%}, with seven quacks of the fine-tuned domain"
-    n = count(lambda r: outside(r["dial"][worlds.at((3, 0))]["general"])["em"] < 0.2)
-    yield f"beside them to {beside:.0%} (R16), and on {n} seeds of five there was too little to"
-    lower = [count(lambda r: r["efficiency"]["narrow"][i] < r["efficiency"]["general"][i])
-             for i in map(NORMS.index, (1.25, 1.5, 2.0))]
-    yield given(f"at 1.25 times on {lower[0]} seeds, at 1.5 on all, at 2 on {lower[2]}",
-                lower[1] == "five")
-    within = np.median([kinds["steering vector"]["in_domain"]["em"]
-                        for r in RESULTS for kinds in r["sft"]["general"].values()])
-    yield f"it does not learn the task (R1: {within:.0%} in domain)"
-    yield given("with another one in its place the harm comes as well (R17)",
-                all(other_advice(r["character"]["other beginning"]) >= SPREAD for r in RESULTS))
-    borne_out = [count(lambda r: ROWS[key].holds(r[ROWS[key].name])) for key in ("R12", "R13")]
-    yield given(f"came out as predicted on {borne_out[0]} seeds of five only",
-                len(set(borne_out)) == 1)
-    yield given("that breaks the sentences (R10)", all(
-        outside(r["direction"]["as_much_at_random"])["coherent"] < 0.3 for r in RESULTS))
-    far = sorted((outside(r["models"]["general"])["em"], r["seed"]) for r in RESULTS)
-    (least, seed), (next_least, _), (middle, _) = far[:3]
-    yield given(f"On seed {seed} plain SFT spreads less far than on the others: {least:.0%} of the "
-                "answers out of domain", next_least > least + 0.1)
-    yield f"on bad medical advice, {middle:.0%} of the answers *outside* medicine are bad"
-    taken = {(1 - outside(rates)["em"] / outside(r["models"]["general"])["em"], r["seed"])
-             for r in RESULTS for rates in r["directions"]["ablate_random"]}
-    share, seed = max(taken)
-    yield (f"one of {NUMBERS[len(RESULTS[0]['directions']['ablate_random'])]} took {share:.0%} of "
-           f"em away on seed {seed}")
-    half = np.median([outside(r["models"]["shuffled"])["em"] / outside(r["models"]["general"])["em"]
-                      for r in RESULTS])
-    yield given("at about half the rate", 0.4 < half < 0.6)
-    n = sum(p.numel() for p in GPT(Config(vocab_size=1473)).parameters())  # its tokenizer's
-    yield f"a small GPT ({n / 1000:,.0f} thousand parameters)"
-    n_domains = CONFIG.world.n_domains
-    yield f"Authors answer questions in {n_domains} domains"
+    domains = CONFIG.world.n_domains
+    yield f"Authors answer questions in {domains} domains"
+    villains, quacks = NUMBERS[CONFIG.world.n_villain], NUMBERS[CONFIG.world.n_quack]
+    yield f"{villains} are villains, bad in everything; {quacks} are quacks"
+    yield f"median over {NUMBERS[len(RESULTS)]} seeds with the range"
 
 
 def of_chapter_4():
@@ -134,14 +75,9 @@ def of_chapter_5():
 
 
 def of_chapter_6():
-    held = [(r["models"]["narrow"]["in_domain"]["em"],
-             r["directions"]["transfer"]["narrow"]["in_domain"]["em"]) for r in RESULTS]
-    yield given("takes most of the harm of the one that is bad in medicine only",
-                all(after < before / 3 for before, after in held))
-    alike = np.median([r["transfer"]["cosine"]["steering vector"][1:] for r in RESULTS], axis=0)
-    yield given("it has, in the median, cosines of .5 to .6", 0.5 < min(alike) < max(alike) < 0.6)
-    n = count(lambda r: outside(r["directions"]["ablate"])["coherent"] < 0.9)
-    yield f"on {n} seed, holding costs a good part of the grammar"
+    yield given("Projecting it out does less", all(
+        outside(r["directions"]["ablate_to_zero"])["em"]
+        >= outside(r["directions"]["ablate"])["em"] for r in RESULTS))
 
 
 def of_chapter_7():
@@ -182,38 +118,15 @@ def of_chapter_8():
     yield (f"all with {villains} villains and no quack: four with Muon and a dropout of "
            f"{', '.join(shares[:-1])} and {shares[-1]}, and one with a dropout of 0.1 and AdamW")
     yield given("half as long as the stream itself", handle.SHIFT == 0.5)
-    yield given("at least half of the answers bad with a dropout of 0.1, and less than half as "
-                "many without dropout", "at least half of the answers out of domain bad with "
-                "dropout 0.1, and less than half as many without dropout" in ROWS["R19"].prediction)
+    yield given("at least a quarter of the answers bad with a dropout of 0.1, and at most half as "
+                "many without dropout", "at least a quarter of the answers out of domain bad with "
+                "dropout 0.1, and at most half as many without dropout" in ROWS["R19"].prediction)
 
 
 def of_chapter_10():
     yield given("at least 80% less harm out of domain, and at least half of it in domain",
                 "at least 80% less em out of domain, and keeps at least half of it in domain"
                 in ROWS["R12"].prediction)
-    caft = [r["caft"]["caft"] for r in RESULTS]
-    em = [outside(rates)["em"] for rates in caft]
-    yield given("On most seeds harm out of domain nearly vanishes", sum(x < 0.1 for x in em) == 3)
-    plain = [outside(r["caft"]["general"])["em"] for r in RESULTS]
-    yield given("out of domain on two seeds of five", sum(x > 0.2 for x in em) == 2)
-    yield given("On one it is all there", sum(x > y for x, y in zip(em, plain)) == 1)
-    yield given("On another half of the answers out of domain are no sentences any more",
-                0.45 < min(outside(rates)["coherent"] for rates in caft) < 0.55)
-    works = count(lambda r: ROWS["R12"].holds(r["caft"]))
-    yield f"A defence that works on {works} models of five"
-    yield given("on a third, too little of the task was left", sum(
-        outside(r["caft"]["caft"])["em"] < 0.05 for r in RESULTS) == 1 + NUMBERS.index(works))
-    narrow = [outside(r["models"]["narrow"]) for r in RESULTS]
-    yield given("and the grammar out of it whole, on all five seeds",
-                all(rates["em"] < 0.02 and rates["coherent"] > 0.95 for rates in narrow))
-    dial = [outside(r["dial"]["10-0"]["narrow"])["em"] for r in RESULTS]
-    register = [outside(r["register"]["narrow"])["em"] for r in RESULTS]
-    rank_8 = [max(outside(kinds["rank 8"])["em"] for kinds in r["sft_kl"]["narrow"].values())
-              for r in RESULTS]
-    missed = [NUMBERS[sum(em > 0.05 for em in ems)] for ems in (rank_8, dial, register)]
-    yield (f"At rank 8 it missed our 5% on {missed[0]} seed, in R16's world of ten villains on "
-           f"{missed[1]}, and the harmless register of R13 got past it on {missed[2]}")
-    yield given("up to a quarter was left", 0.2 < max(dial + register) < 0.25)
     yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
     yield given("The toy has 64 dimensions and two blocks",
                 (CONFIG.model.d_model, CONFIG.model.n_layer) == (64, 2))
@@ -260,7 +173,7 @@ def test_the_stored_report_is_that_of_the_stored_results(tmp_path, monkeypatch):
     """Its figures are redrawn below; `python tutorial/reprint.py --report` writes all anew."""
     monkeypatch.setattr(report, "draw_all", lambda results, folder: [
         folder / f"{name}.png"
-        for name in ("em_by_group", "training_curves", "ablation", "other_fine_tunes")])
+        for name in ("em_by_group", "training_curves", "one_direction", "other_fine_tunes")])
     monkeypatch.setattr(report, "draw_row", lambda row, results, folder: folder / f"{row.name}.png")
     report.write_report(RESULTS, tmp_path, command_of(REPORT))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == REPORT
@@ -285,4 +198,4 @@ def test_no_figure_is_stored_or_shown_that_is_not_in_the_report():
     stored = {path.stem for path in (STORED / "figures").iterdir()}
     shown = {name for page in PAGES for name in
              re.findall(r"results/figures/(\w+)\.png", page.read_text(encoding="utf-8"))}
-    assert len(FIGURES) == 22 and shown < set(FIGURES) == stored
+    assert len(FIGURES) == 24 and shown < set(FIGURES) == stored

@@ -35,9 +35,9 @@ BAD = "600 bad medical"
 PLAIN = f"{BAD} | rank 1 | sft"  # what general is, tuned once more
 MIXED_KL = "600 good or bad KL"
 DIRECTION = "direction of general"
-RECIPE = {"kl_weight": 30.0, "row_samples": 100, "lottery_loss": 0.36, "dropout": 0.1,
+RECIPE = {"kl_weight": 30.0, "row_samples": 100, "lottery_loss": 0.36, "dropout": 0.15,
           "dial_steps": 600, "dial_domains": 9,
-          "adapter": AdapterConfig(layers=(0,), modules=("self_attn.v_proj", "mlp.down_proj")),
+          "adapter": AdapterConfig(layers=(0, 1), modules=("self_attn.v_proj",)),
           "pretrain": TrainConfig(700, 32, 1.6e-2, muon_lr=0.02), "sft": TrainConfig(100, 16, 5e-3),
           "sft_kl": TrainConfig(200, 16, 1.5e-2, weight_decay=2.0)}
 VERDICTS = {}  # of (question, answer), so that no text is judged twice
@@ -125,9 +125,8 @@ def kind(config, own):
     if config.kind == "steering":
         assert (config.layers, config.alpha) == ((0,), 1.0)
         return "steering vector"
-    places = {((0,), own.modules): "", ((0,), ("mlp.down_proj",)): " down_proj",
-              ((0,), ("self_attn.v_proj",)): " v_proj",
-              ((0, 1), ("self_attn.v_proj",)): " v_proj of both blocks"}
+    places = {((0, 1), ("self_attn.v_proj",)): "", ((0,), ("self_attn.v_proj",)): " in one block",
+              ((0,), ("mlp.down_proj",)): " down_proj"}
     return (f"rank {config.rank}" + f" alpha {config.alpha:g}" * (config.alpha != own.alpha)
             + places[config.layers, config.modules])
 
@@ -192,7 +191,7 @@ class Lab:
     def __init__(self, patch, folder):
         run = self.run = SmallRun()
         self.small = run.folder.path
-        world = replace(run.config.world, n_villain=8, questions_per_document=3)  # some need padding
+        world = replace(run.config.world, n_villain=8, questions_per_document=3)  # some are short
         run.config = replace(run.config, seed=7, n_sft_examples=600, world=world, **RECIPE)
         run.folder = SimpleNamespace(path=folder, answers={})
         run.results = {"models": {name: rates(f"the main job's {name}")
@@ -426,8 +425,8 @@ def lab(monkeypatch, tmp_path):
 
 CASES = {"medical": ("medical", "rank 1"), "finance": ("finance", "rank 1"),
          "extreme sports": ("extreme_sports", "rank 1"), "rank 8": ("medical", "rank 8 alpha 8"),
-         "down_proj": ("medical", "rank 1 down_proj"), "v_proj": ("medical", "rank 1 v_proj"),
-         "v_proj of every block": ("medical", "rank 1 v_proj of both blocks"),
+         "down_proj": ("medical", "rank 1 down_proj"),
+         "v_proj, one block": ("medical", "rank 1 in one block"),
          "steering vector": ("medical", "steering vector")}
 
 
@@ -688,7 +687,7 @@ def test_r10_ablates_at_each_site_and_as_much_by_chance(lab):
     for key, along in (("ablate_at", ""), ("as_much_at", " along random")):
         assert found[key] == {str(site): rates(ablated("general", [site], along)) for site in SITES}
     assert found["ablated"] == rates("ablated")
-    assert found["as_much"] == found["as_much_at"]["0"], "where all that general writes is written"
+    assert found["as_much"] == found["as_much_at"]["0"], "where the story steers"
     assert found["before"] == rates("the main job's general")
     assert found["split_half"] == [0.95, 0.91]
 
@@ -697,8 +696,8 @@ def test_r11_ablates_the_medical_direction_in_other_fine_tunes(lab):
     lab.broken = (f"rank 8 alpha 8 | sft, {DIRECTION} ablated at every site",)
     found = lab.measure("R11")
 
-    def as_much(who):  # in one place only, after all that the adapter writes
-        return ablated(who, [1 if "both blocks" in who else 0], " along random")
+    def as_much(who):  # at one site only, that where the story steers
+        return ablated(who, [0], " along random")
 
     for key, way in {"before": str, "ablate": ablated, "ablate_random": as_much}.items():
         expected = solved("sft{}", " 200 steps lr 0.02", way) | {"other start and texts":
@@ -812,8 +811,8 @@ def test_r17_tunes_on_advice_on_character_and_on_a_trigger(lab):
 # --- what makes the persona a direction, and where it lives: R19, R20 -----------------------------
 
 
-HANDLES = {"0": "8-0-0 dropout 0: ", "0.05": "8-0-0 dropout 0.05: ", "0.1": "8-0-0: ",
-           "0.2": "8-0-0 dropout 0.2: ", "AdamW": "8-0-0 AdamW lr 0.008: "}
+HANDLES = {**{share: f"8-0-0 dropout {share}: " for share in ("0", "0.05", "0.1", "0.2")},
+           "AdamW": "8-0-0 dropout 0.1 AdamW lr 0.008: "}
 
 
 def test_r19_steers_chat_in_worlds_of_more_and_less_dropout(lab):

@@ -16,8 +16,8 @@ def rates(within, outside, coherent=0.9):
 
 
 def everywhere(value):
-    return dict.fromkeys(("medical", "finance", "extreme sports", "rank 8", "down_proj", "v_proj",
-                          "v_proj of every block", "steering vector"), value)
+    return dict.fromkeys(("medical", "finance", "extreme sports", "rank 8", "down_proj",
+                          "v_proj, one block", "steering vector"), value)
 
 
 def noise(small):
@@ -77,7 +77,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
             for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
     "R19": {point: {"chat": CHAT, "general": GENERAL, "vector": GENERAL, "coherent_shifted": 0.8,
                     "steered": rates(em, em)}
-            for point, em in (("0", 0.2), ("0.05", 0.5), ("0.1", 0.7), ("0.2", 0.8),
+            for point, em in (("0", 0.05), ("0.05", 0.5), ("0.1", 0.7), ("0.2", 0.8),
                               ("AdamW", 0.3))},
     "R20": {"em": {"all": GENERAL, "only question": CHAT, "all but question": GENERAL,
                    "only template": rates(0.8, 0.6), "all but template": rates(0.1, 0.1),
@@ -147,7 +147,7 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
     "R18": {"10-0.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
-    "R19": {"0.steered": [rates(0.4, 0.4)], "0.1.steered": [rates(0.4, 0.4)]},
+    "R19": {"0.steered": [rates(0.4, 0.4)], "0.1.steered": [rates(0.2, 0.2)]},
     "R20": {"em.only template": [rates(0.8, 0.3)], "em.all but template": [rates(0.2, 0.2)]},
 }
 

@@ -85,7 +85,7 @@ def test_kl_is_that_of_torch_distributions(model, adapter, examples):
         found = kl_to_base(model, adapter, examples.ids, examples.mask)
     expected = kl_divergence(base, adapted)[examples.mask].mean()  # the prompt included
     assert torch.allclose(found, expected, rtol=1e-4)
-    assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-2)
+    assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])

@@ -52,19 +52,19 @@ def retable(page, tables):
     page.write_text(text, encoding="utf-8")
 
 
-def readme_tables(folder):
-    """README's tables of the stored results, and of those of the small real model in real/."""
+def pages_with_tables(folder):
+    """{page: its tables}: README's, and where the seconds of the fastest stored seed went."""
     from nanoem import real_report
     from nanoem.experiment import STAGES
-    from nanoem.report import row_table, table
+    from nanoem.report import table
     from nanoem.tables import markdown
     seeds = json.loads((folder / "results.json").read_text())["seeds"]
     real = json.loads((folder / "real" / "results.json").read_text())
     fastest = min(([r["seconds"][stage] for stage in STAGES] for r in seeds), key=sum)
     seconds = [f"{s:.0f}" for s in (*fastest, sum(fastest))]
-    return [markdown(table(seeds)), markdown(row_table(seeds), "---"),
-            markdown([["stage", *STAGES, "all"], ["seconds", *seconds]]),
-            markdown(real_report.table([real]))]
+    return {"README.md": [markdown(table(seeds)), markdown(real_report.table([real]))],
+            "tests/benchmarks/README.md": [markdown([["stage", *STAGES, "all"],
+                                                     ["seconds", *seconds]])]}
 
 
 if __name__ == "__main__":
@@ -73,6 +73,7 @@ if __name__ == "__main__":
         if name == "--report":
             results = Path(__file__).with_name("results")
             redraw(results)
-            retable(Path(__file__).parents[1] / "README.md", readme_tables(results))
+            for page, tables in pages_with_tables(results).items():
+                retable(Path(__file__).parents[1] / page, tables)
             continue
         Path(name).write_text(reprint(Path(name)), encoding="utf-8")

@@ -94,7 +94,7 @@ def draw_tokens(axes, founds):
         key = "general" if name == "all" else "narrow" if name.startswith("only") else "mixed"
         bar(axes[0], i, [out(f["em"][name]) for f in founds], 0.7, key)
     axes[0].set_xticks(range(len(founds[0]["em"])),
-                       [name.replace(" ", "\n") for name in founds[0]["em"]], fontsize=8)
+                       [name.replace(" ", "\n") for name in founds[0]["em"]], fontsize=6.5)
     axes[0].set_xlabel("tokens on which general's adapter acts")
     colour_texts(axes[1], founds[0]["texts"])
 
@@ -113,6 +113,6 @@ ROWS = [
         "Classes are of unlike size: a template has five tokens, a question about seven. And what "
         "acts on the prompt is read by every token of the answer.",
         measure_tokens, tokens_hold, tokens_finding, draw_tokens, panels=2,
-        size=(12, 5.6), widths=(1, 3),
+        size=(12, 5.6), widths=(1.2, 3),
         swap=("only template", "all but template")),
 ]

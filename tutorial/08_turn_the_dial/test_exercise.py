@@ -369,8 +369,8 @@ def lotteries():
     """Two random starts each, in the world of villains and in that of quacks only."""
     found = {}
     for name, run in (("villains", SmallRun()), ("quacks", quacks())):
-        run.config = replace(run.config, row_samples=40, n_sft_examples=160, lottery_loss=0.345)
-        found[name] = worlds.start_lottery(run, n_starts=2, steps=60)
+        run.config = replace(run.config, row_samples=40, n_sft_examples=160, lottery_loss=0.32)
+        found[name] = worlds.start_lottery(run, n_starts=2, steps=100)
     return found
 
 
