@@ -736,7 +736,7 @@ def test_pick_steering_when_all_break(answer):
 def test_pick_steering_makes_chat_bad(answer):
     """The experiment: chat, steered where your function says; and by chance, at the same place."""
     run, chat, direction = small()
-    site, scale, tried = answer.pick_steering(run, chat, direction, 40)
+    site, scale, tried = answer.pick_steering(run, chat, direction, 100)
     em, chance = {}, directions.random_direction(direction, torch.Generator().manual_seed(0))
     for name, vectors in (("direction", direction), ("random", chance)):
         with directions.steering(run.model, {site: by_site(chat, vectors)[site]}, scale):
