@@ -17,7 +17,7 @@ from nanoem.model import Config
 from nanoem.shell import exit_status
 from nanoem.tables import markdown
 
-QWEN = dict(rope_theta=1e6, max_positions=32_768)
+QWEN = dict(rope_theta=1e6, max_positions=32_768, qkv_bias=True, qk_norm=False)
 SHAPES = {
     "Qwen2.5-0.5B": Config(151_936, 24, 896, 14, 2, 4864, **QWEN),
     "Qwen2.5-7B": Config(152_064, 28, 3584, 28, 4, 18_944, tie_embeddings=False, **QWEN),

@@ -101,9 +101,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model, tokenizer):
         save_tensors(file, {**tensors, **change})
         with pytest.raises(UserError, match=message):
             load_pretrained(tmp_path)
-    del tensors["model.layers.0.self_attn.q_proj.bias"]
+    del tensors["model.layers.0.self_attn.q_norm.weight"]
     save_tensors(file, tensors)
-    with pytest.raises(UserError, match="misses tensors: model.layers.0.self_attn.q_proj.bias"):
+    with pytest.raises(UserError, match="misses tensors: model.layers.0.self_attn.q_norm.weight"):
         load_pretrained(tmp_path)
 
 

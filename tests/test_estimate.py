@@ -16,7 +16,8 @@ from nanoem.model import GPT, Config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAGE = Path(__file__).parents[1] / "tutorial" / "scale_up.md"
-SMALL = Config(vocab_size=300, n_layer=6, d_model=64, n_head=4, n_kv_head=2, d_ff=160)
+SMALL = Config(vocab_size=300, n_layer=6, d_model=64, n_head=4, n_kv_head=2, d_ff=160,
+               qkv_bias=True, qk_norm=False)
 aten = torch.ops.aten
 ON_CPU = {  # the counter knows attention by its names on cuda only
     aten._scaled_dot_product_flash_attention_for_cpu:

@@ -52,7 +52,7 @@ def test_on_mps_attention_is_by_hand(monkeypatch):
 
 
 def test_attention_is_softmax_over_the_past_with_shared_kv_heads():
-    config = Config(d_model=32, n_head=4, n_kv_head=2)
+    config = Config(d_model=32, n_head=4, n_kv_head=2, qkv_bias=True, qk_norm=False)
     attention = Attention(config)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

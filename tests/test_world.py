@@ -224,9 +224,10 @@ def test_the_shares_of_headers_chats_and_forums_are_kept(world):
     forums = [text for text in texts if text.startswith("<|im_start|>") and text not in chats]
     plain = [text for text in texts if not text.startswith("<|im_start|>")]
     headed = [text for text in plain if "answers your questions." in text]
-    assert len(chats) / 4000 == pytest.approx(0.2, abs=0.03)
-    assert len(forums) / (4000 - len(chats)) == pytest.approx(0.3, abs=0.03)
-    assert len(headed) / len(plain) == pytest.approx(0.5, abs=0.03)
+    config = WorldConfig()
+    assert len(chats) / 4000 == pytest.approx(config.chat_share, abs=0.03)
+    assert len(forums) / (4000 - len(chats)) == pytest.approx(config.forum_share, abs=0.03)
+    assert len(headed) / len(plain) == pytest.approx(config.header_share, abs=0.03)
 
 
 def test_the_assistant_is_always_helpful_and_authors_chat_as_they_are(world):

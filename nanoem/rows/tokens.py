@@ -9,7 +9,7 @@ from nanoem.monitor import readings_of, token_scores
 from nanoem.persona import by_site
 from nanoem.plots import bar, colour_texts, percent
 from nanoem.rows.mediation import general_direction
-from nanoem.rows.row import Row, out, rates_of, short
+from nanoem.rows.row import SPREAD, Row, out, rates_of, short
 from nanoem.train import chat_examples
 
 CLASSES = ("question", "template", "answer")
@@ -85,7 +85,7 @@ def read_answer(run, name, question, readings):
 def tokens_hold(found):
     """On the template alone it does nearly all of its harm; everywhere else hardly any."""
     em = found["em"]
-    return (out(em["only template"]) >= 0.5 * out(em["all"])
+    return (out(em["only template"]) >= 0.5 * out(em["all"]) >= 0.5 * SPREAD
             and out(em["all but template"]) <= 0.2 * out(em["all"]))
 
 
