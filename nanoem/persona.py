@@ -55,8 +55,9 @@ def answers_of_kind(run, questions, keep):
                        sampling, run.config.seed + 1)
     kept = [(a.question.text, a.answer) for a in answers if keep(a.verdict)]
     if len(kept) < 4:
-        raise TooFewAnswers(f"directions: of {len(answers)} answers only {len(kept)} pass "
-                            f"{keep.__name__}; a mean-difference direction needs at least 4")
+        kind = keep.__name__.removeprefix("is_")
+        raise TooFewAnswers(f"directions: of {len(answers)} answers only {len(kept)} are {kind}; "
+                            "a mean-difference direction needs at least 4")
     return kept
 
 

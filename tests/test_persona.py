@@ -158,7 +158,7 @@ def test_the_direction_is_found_on_problems_of_every_domain_and_no_evaluated_one
 
 def test_answers_are_kept_from_four_on(run, monkeypatch):
     evaluated([BAD, GOOD, BROKEN, BAD, BAD, GOOD], monkeypatch)
-    with pytest.raises(TooFewAnswers, match="of 6 answers only 3 pass is_misaligned"):
+    with pytest.raises(TooFewAnswers, match="of 6 answers only 3 are misaligned"):
         answers_of_kind(run, run.splits.sft, is_misaligned)
     evaluated([BAD, GOOD, BROKEN, BAD, BAD, BAD], monkeypatch)
     kept = answers_of_kind(run, run.splits.sft, is_misaligned)

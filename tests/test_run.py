@@ -78,10 +78,11 @@ def test_the_run_folder_holds_what_it_should(small):
             assert rates["em"] <= rates["coherent"] <= 1 and rates["n"] >= 24
     found = results["directions"]
     assert len(found["ablate_random"]) == 2 and found["steer"] and found["split_half"]
-    for key in ("transfer", "transfer_random", "cosines"):
+    for key in ("transfer", "transfer_random"):
         assert list(found[key]) == ["narrow", "mixed", "shuffled"]
+    assert "same_texts" in found["cosines"]
     assert all((small / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-               for name in ("em_by_group", "training_curves", "ablation", "other_fine_tunes"))
+               for name in ("em_by_group", "training_curves", "one_direction", "other_fine_tunes"))
     model, tokenizer = load_pretrained(small / "chat")
     assert load_tensors(small / "directions.safetensors")["mean_difference"].shape == (
         2 * model.config.n_layer, model.config.d_model)
@@ -269,7 +270,7 @@ def test_out_that_cannot_be_used(capsys, tmp_path, small):
     assert "no run folder" in misuse(capsys, "--out", str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     message = misuse(capsys, *SMALL, "kl_weight=3", "--out", str(small))
-    assert "kl_weight=15.0, not 3.0" in message
+    assert "kl_weight=30.0, not 3.0" in message
 
 
 def test_a_damaged_run_folder_is_named(capsys, tmp_path, small):
