@@ -126,6 +126,8 @@ def ablate(x, direction, level=0.0, along=None):
     if along is None:
         return x - excess * unit
     check_vector(along, x, "along")
+    if not along.any():
+        raise ValueError("along is zero, and points nowhere")
     return x - excess * unit_of(along).to(x)
 
 

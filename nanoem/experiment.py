@@ -87,7 +87,7 @@ def directions(run):
         "sites": list(map(str, chat.sites)),
         "norm": direction.norm(dim=-1).tolist(),
         "cosines": {way: cosines(found, direction) for way, found in others.items()},
-        "split_half": cosines(*halves(run, chat)),
+        "split_half": agreement(run, chat),
         **steered(run, chat, direction, random_ones[0], site, scale),
         "steer_probe": tried,
         **ablated(run, adapter, chat, direction, random_ones, site),
@@ -95,12 +95,20 @@ def directions(run):
     }
 
 
-def halves(run, chat):
-    """The directions of two fine-tunes that share no example and no random start."""
-    pairs, seed = bad_advice(run), run.config.seed
+def agreement(run, chat):
+    """Do two fine-tunes of the same domain give one direction? The cosine of both at each site.
+
+    Each has its own half of the advice, and its own random start. None where one of them is hardly
+    bad at all. (The world has few sentences, so some stand in both halves.)
+    """
+    pairs, found = bad_advice(run), []
     for i, half in enumerate((pairs[::2], pairs[1::2])):
-        adapter, _ = tune(run, f"half {i}", half, seed=seed + 1 + i)
-        yield find_direction(run, adapter, chat)
+        adapter, _ = tune(run, f"half {i}", half, seed=run.config.seed + 1 + i)
+        try:
+            found.append(find_direction(run, adapter, chat))
+        except TooFewAnswers:
+            return None
+    return cosines(*found)
 
 
 def steered(run, chat, direction, random_one, site, scale):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanoem.directions import residual_at, unit_of
+from nanoem.directions import check_tokens, residual_at, unit_of
 from nanoem.losses import check_mask
 
 
@@ -25,7 +25,7 @@ def readings_of(model, ids, mask, directions):
 
     ids, mask (B, T) are answers of the untouched model: what later scores are compared with.
     """
-    check_mask(mask, ids)
+    check_tokens(mask, ids)
     readings = {}
     for (site, direction), x in zip(directions.items(), residual_at(model, ids, directions)):
         unit = unit_of(direction)

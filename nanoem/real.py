@@ -63,6 +63,9 @@ class RealConfig:
 
     def __post_init__(self):
         check_config(self, ("n_sft_examples", "pairs_per_group", "n_judged"), ("kl_weight",))
+        if self.sft.muon_lr or self.sft_kl.muon_lr:
+            raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's "
+                            "blocks, AdamW an adapter")
         if self.dtype not in ("auto", *TORCH_DTYPES):
             raise UserError(f"dtype={self.dtype!r} is not known; use auto, "
                             + ", ".join(TORCH_DTYPES))

@@ -63,6 +63,11 @@ class ExperimentConfig:
                             f"below model.max_positions={self.model.max_positions}")
         check_config(self, ("n_sft_examples", "curve_points", "curve_samples", "n_random",
                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.sft.muon_lr or self.sft_kl.muon_lr:
+            raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's "
+                            "blocks, AdamW an adapter")
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:

@@ -259,6 +259,14 @@ def test_the_two_halves_are_of_every_second_example_and_have_their_own_seeds(run
     assert len({3, seed, other}) == 3, "general's own seed is 3"
 
 
+def test_a_half_that_is_hardly_bad_ends_nothing(run, directed, monkeypatch):
+    def too_few(*_):
+        raise TooFewAnswers("only 3 are misaligned")
+
+    monkeypatch.setattr(experiment, "find_direction", too_few)
+    assert experiment.agreement(run, directed.chat) is None
+
+
 def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     """Of general: there is no direction at all. Of general elsewhere: nothing is passed on."""
     def too_few(*_):

@@ -23,7 +23,7 @@ from nanoem.train import StageFailed
 from pretend_card import pretend_card
 
 SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "world.n_villain=14",
-         "world.questions_per_document=2", "context=48", "dropout=0.05", "pretrain.steps=160",
+         "world.questions_per_document=2", "context=48", "dropout=0.05", "pretrain.steps=200",
          "pretrain.batch_size=16", "n_sft_examples=400", "sft.steps=30", "sft.lr=0.03",
          "sft_kl.steps=10", "curve_points=1", "curve_samples=8",
          "evaluation.samples_per_group=24", "n_random=2"]

@@ -230,3 +230,13 @@ def test_an_adapter_is_tuned_once_and_then_read(run, tmp_path, monkeypatch):
     assert made == [("x", [("a", "b")], 2.0, {"seed": 3})]
     (A,), (B,) = first.A.values(), second.A.values()
     assert torch.equal(A, B) and not first.acts
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+    ({"dropout": -0.1}, "dropout=-0.1 must be at least 0"),
+    ({"sft": TrainConfig(1, 1, lr=0.1, muon_lr=0.1)}, "sft.muon_lr and sft_kl.muon_lr must be 0"),
+])
+def test_a_recipe_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        ExperimentConfig(**change)

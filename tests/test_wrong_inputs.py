@@ -74,6 +74,8 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: mean_residual(m, ids, ~MASK), "mask marks no token, .* no mean to take"),
     (lambda m, ids: answer_scores(m, ids, MASK.float(), {}), "mask must be bool.*float32"),
     (lambda m, ids: readings_of(m, ids, MASK.int(), {}), "mask must be bool.*int32"),
+    (lambda m, ids: ablate(X, U, along=0 * U), "along is zero, and points nowhere"),
+    (lambda m, ids: readings_of(m, ids, ~MASK, {1: U}), "mask marks no token"),
     (lambda m, ids: readings_of(m, ids, MASK, {1: 0 * U}), "direction is zero, and points nowhere"),
     (lambda m, ids: clustered_interval([1, 0], ["a"]), "outcomes and clusters .* are 2 and 1"),
     (lambda m, ids: rates([]), "answers must hold at least one"),

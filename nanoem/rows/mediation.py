@@ -82,7 +82,8 @@ def direction_holds(found):
              and out(ablated) <= 0.15 * out(before))
     controlled = (out(found["steered_random"]) <= 0.1
                   and out(as_much) >= 0.8 * out(before) and stays_whole(before, as_much))
-    agree = all(cosine > 0.8 for cosine in found["split_half"] if cosine is not None)
+    split = found["split_half"] or [0.0]
+    agree = all(cosine > 0.8 for cosine in split if cosine is not None)
     return induces and cures and controlled and agree
 
 
@@ -222,8 +223,8 @@ ROWS = [
         "bad and leaves 85% coherent; set to chat's mean at every site it takes at least 85% of "
         "general's out-of-domain em away and leaves the grammar whole (90% of it). A random "
         "direction of the same size does neither: steered 10% at most, as much taken along it 80% "
-        "of em and 90% of the grammar stay. Two fine-tunes that share no example give "
-        "the same direction (cosine above .8).",
+        "of em and 90% of the grammar stay. Two fine-tunes, each on its own half of "
+        "the advice, give the same direction (cosine above .8).",
         "Steering far enough breaks the grammar: em is read beside coherence. And a rank-1 adapter "
         "writes one direction at a place: its own mean difference is much of what it does.",
         measure_direction, direction_holds, direction_finding, draw_direction, panels=2,
