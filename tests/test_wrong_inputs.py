@@ -102,7 +102,6 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: m.generate(ids[:, :0], 1), r"a token or more a row, and are \(3, 0\)"),
     (lambda m, ids: m.generate(ids, -1), "max_new_tokens=-1 must be at least 0"),
     (lambda m, ids: ablate(X, 0 * U), "direction is zero, and points nowhere"),
-    (lambda m, ids: ablate(X, U, along=0 * U), "direction is zero, and points nowhere"),
     (lambda m, ids: Muon([U], lr=0.1), "Muon trains matrices only; give vectors"),
     (lambda m, ids: clopper_pearson(3, 2), "k=3 must be from 0 to n=2"),
     (lambda m, ids: steering(m, U), "directions must be .site: .* is a Tensor"),
