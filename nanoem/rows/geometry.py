@@ -60,9 +60,10 @@ def compare_efficiency(run, pair, examples):
 
 
 def efficiency_holds(found):
-    """General has less loss at every norm up to the mean; and as the least loss within each norm,
+    """General has less loss at every norm up to the mean, and the least within each norm beyond it.
 
-    which an adapter could always choose to stop at, up to twice the mean."""
+    An adapter can always stop at a smaller norm, so beyond the mean each counts by its best so far.
+    """
     pairs = list(zip(found["general"], found["narrow"]))
     up_to_mean = all(general < narrow for share, (general, narrow) in zip(NORMS, pairs)
                      if share <= 1)

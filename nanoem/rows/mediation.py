@@ -122,8 +122,7 @@ def direction_finding(founds):
 def measure_transfer(run):
     """General's direction, ablated in fine-tunes on other domains, of other kinds, from other data.
 
-    The `same` case is general's own; the others are those of R1, and one from another start and
-    other texts.
+    The fine-tunes are those of R1 but the story's own, and one from another start and other texts.
     """
     chat, direction = general_direction(run)
     chance, site = random_like(run, direction), steering_site(run, chat)
