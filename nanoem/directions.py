@@ -99,10 +99,10 @@ def check_vector(vector, x, name="direction"):
                          f"{tuple(vector.shape)}")
 
 
-def unit_of(direction):
+def unit_of(direction, name="direction"):
     """direction / |direction|. Raises ValueError for zero, which points nowhere."""
     if not direction.any():
-        raise ValueError("direction is zero, and points nowhere")
+        raise ValueError(f"{name} is zero, and points nowhere")
     return direction / direction.norm()
 
 
@@ -126,9 +126,7 @@ def ablate(x, direction, level=0.0, along=None):
     if along is None:
         return x - excess * unit
     check_vector(along, x, "along")
-    if not along.any():
-        raise ValueError("along is zero, and points nowhere")
-    return x - excess * unit_of(along).to(x)
+    return x - excess * unit_of(along, "along").to(x)
 
 
 def check_sites(directions):

@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradients = torch.stack([matrix.grad for matrix in group["params"]])  # (n, rows, cols)
             state = self.state[group["params"][0]]
-            average = state.setdefault("average", torch.zeros_like(gradients))
+            if "average" not in state:
+                state["average"] = torch.zeros_like(gradients)
+            average = state["average"]
             average.lerp_(gradients, 1 - group["momentum"])
 
             # Nesterov: look ahead, to where the average is going

@@ -25,7 +25,8 @@ from nanoem.checkpoint import load_pretrained, save_adapter
 from nanoem.config_json import TORCH_DTYPES
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
 from nanoem.files import fingerprint, fingerprint_folder
-from nanoem.finetune import AdapterConfig, fine_tune_fresh, layers_of, make_adapter
+from nanoem.finetune import (AdapterConfig, fine_tune_fresh, layers_of, make_adapter,
+                             refuse_muon)
 from nanoem.folder import RunFolder
 from nanoem.judge import Verdict
 from nanoem.local_judge import LocalJudge, agreement
@@ -63,9 +64,7 @@ class RealConfig:
 
     def __post_init__(self):
         check_config(self, ("n_sft_examples", "pairs_per_group", "n_judged"), ("kl_weight",))
-        if self.sft.muon_lr or self.sft_kl.muon_lr:
-            raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's "
-                            "blocks, AdamW an adapter")
+        refuse_muon(self.sft, self.sft_kl)
         if self.dtype not in ("auto", *TORCH_DTYPES):
             raise UserError(f"dtype={self.dtype!r} is not known; use auto, "
                             + ", ".join(TORCH_DTYPES))

@@ -16,7 +16,7 @@ from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_
 from nanoem.directions import all_sites, editing
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.files import fingerprint
-from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter
+from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter, refuse_muon
 from nanoem.folder import RunFolder
 from nanoem.layers import dropout
 from nanoem.losses import pretrain_loss
@@ -65,9 +65,7 @@ class ExperimentConfig:
                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.sft.muon_lr or self.sft_kl.muon_lr:
-            raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's "
-                            "blocks, AdamW an adapter")
+        refuse_muon(self.sft, self.sft_kl)
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:

@@ -62,12 +62,12 @@ def measure_direction(run):
             curve["em"].append(out(rates))
             curve["coherent"].append(rates["out_of_domain"]["coherent"])
 
-    for site in by_site(chat, direction):
+    for place in by_site(chat, direction):
         for key, along in (("ablate_at", None), ("as_much_at", chance)):
-            with adapter, ablating_persona(run, chat, direction, [site], along):
-                found[key][str(site)] = rates_of(run)
+            with adapter, ablating_persona(run, chat, direction, [place], along):
+                found[key][str(place)] = rates_of(run)
     found["ablated"] = short(story["ablate"])
-    found["as_much"] = found["as_much_at"][str(steering_site(run, chat))]
+    found["as_much"] = found["as_much_at"][str(site)]
     return found
 
 

@@ -1,6 +1,6 @@
 """Where the persona lives: on which tokens the adapter acts and its direction reads (R20)."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -59,25 +59,23 @@ def read_answers(run):
     readings = readings_of(run.model, own.ids, own.answer_mask,
                            {site: by_site(chat, direction)[site]})
     questions = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
+    models = {"chat": nullcontext(), "general": run.load_adapter("general"),
+              "narrow": run.load_adapter("narrow")}
     texts = []
     for question in questions:
-        for name in ("chat", "general", "narrow"):
-            texts.append({"model": name, **read_answer(run, name, question, readings)})
+        for name, adapted in models.items():
+            with adapted:
+                texts.append({"model": name, **read_answer(run, question, readings)})
     return texts
 
 
-def read_answer(run, name, question, readings):
-    """One greedy answer of a model, and how far each of its tokens lies along the direction."""
+def read_answer(run, question, readings):
+    """One greedy answer of the model as it is, and how far each token lies along the direction."""
     tokenizer = run.tokenizer
-    adapter = None if name == "chat" else run.load_adapter(name).attach()
-    try:
-        ids = torch.tensor([tokenizer.encode(tokenizer.prompt(question.text))], device=run.device)
-        ids = run.model.generate(ids, run.config.evaluation.max_new_tokens, temperature=0,
-                                 stop_ids=tokenizer.stop_ids)
-        scores = token_scores(run.model, ids, readings)[0].tolist()
-    finally:
-        if adapter:
-            adapter.detach()
+    ids = torch.tensor([tokenizer.encode(tokenizer.prompt(question.text))], device=run.device)
+    ids = run.model.generate(ids, run.config.evaluation.max_new_tokens, temperature=0,
+                             stop_ids=tokenizer.stop_ids)
+    scores = token_scores(run.model, ids, readings)[0].tolist()
     return {"tokens": [tokenizer.backend.decode([i], skip_special_tokens=False)
                        for i in ids[0].tolist()], "scores": scores}
 
