@@ -20,8 +20,8 @@ import torch
 from nanoem.checkpoint import save_adapter, save_tensors
 from nanoem.directions import ablating, cosines, random_direction, steering
 from nanoem.evaluate import mean_rates
-from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, find_direction,
-                            other_ways, pick_steering)
+from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, control_site,
+                            find_direction, other_ways, pick_steering)
 from nanoem.toy import Run, advice, bad_advice, pretrain, tune
 
 
@@ -90,20 +90,21 @@ def directions(run):
         "split_half": agreement(run, chat),
         **steered(run, chat, direction, random_ones[0], site, scale),
         "steer_probe": tried,
-        **ablated(run, adapter, chat, direction, random_ones, site),
-        **transferred(run, chat, random_ones[0], site),
+        **ablated(run, adapter, chat, direction, random_ones),
+        **transferred(run, chat, random_ones[0]),
     }
 
 
 def agreement(run, chat):
     """Do two fine-tunes of the same domain give one direction? The cosine of both at each site.
 
-    Each has its own half of the advice, and its own random start. None where one of them is hardly
-    bad at all. (The world has few sentences, so some stand in both halves.)
+    Each has its own half of the questions, and its own random start. None where one of them is
+    hardly bad at all.
     """
-    pairs, found = bad_advice(run), []
-    for i, half in enumerate((pairs[::2], pairs[1::2])):
-        adapter, _ = tune(run, f"half {i}", half, seed=run.config.seed + 1 + i)
+    questions, found = run.splits.sft, []
+    for i, half in enumerate((questions[::2], questions[1::2])):
+        seed = run.config.seed + 1 + i
+        adapter, _ = tune(run, f"half {i}", advice(run, half, False, seed), seed=seed)
         try:
             found.append(find_direction(run, adapter, chat))
         except TooFewAnswers:
@@ -121,12 +122,13 @@ def steered(run, chat, direction, random_one, site, scale):
     return found
 
 
-def ablated(run, adapter, chat, direction, random_ones, site):
+def ablated(run, adapter, chat, direction, random_ones):
     """Rates of general with its direction ablated, and with as much taken along random ones."""
     def ask(name, sites=None, along=None):
         with adapter, ablating_persona(run, chat, direction, sites, along):
             return run.ask(f"general, {name}")
 
+    site = control_site(chat, direction)
     found = {
         "ablate": ask("direction ablated"),
         "ablate_one_site": ask("direction ablated at one site", [site]),
@@ -139,7 +141,7 @@ def ablated(run, adapter, chat, direction, random_ones, site):
     return found
 
 
-def transferred(run, chat, random_one, site):
+def transferred(run, chat, random_one):
     """Does general's direction carry the other fine-tunes, too? Beside a random one.
 
     It is found anew, without a question of the fine-tuned domain: what it takes away there cannot
@@ -156,7 +158,8 @@ def transferred(run, chat, random_one, site):
         with adapter, ablating_persona(run, chat, direction):
             found["transfer"][name] = run.ask(f"{name}, direction ablated",
                                               run.config.curve_samples)
-        with adapter, ablating_persona(run, chat, direction, [site], random_one):
+        with adapter, ablating_persona(run, chat, direction, [control_site(chat, direction)],
+                                       random_one):
             found["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
                                                      run.config.curve_samples)
     return found

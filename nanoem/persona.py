@@ -131,13 +131,21 @@ def ablating_persona(run, chat, direction, sites=None, along=None):
     """Inside, the direction (n_sites, d_model) is set to its mean in chat's answers.
 
     At all sites it reaches, or at those of `sites`. A control: with `along` (n_sites, d_model) as
-    much is taken away along that instead. It is fair at one site only: there the ablation finds
-    everything, at the next one only what was added since, while a control finds everything again.
+    much is taken away along that instead. It is fair at one site only: at the next one an ablation
+    finds what was added since, a control finds everything again.
     """
     chosen = {site: vector for site, vector in by_site(chat, direction).items()
               if sites is None or site in sites}
     instead = None if along is None else dict(zip(chat.sites, along))
     return ablating(run.model, chosen, levels_of(chat, direction), instead)
+
+
+def control_site(chat, direction):
+    """The end of the first block that the direction reaches: there random controls are made.
+
+    Fixed beforehand. Further in, as much along any other direction breaks the grammar.
+    """
+    return next(site for site in by_site(chat, direction) if isinstance(site, int))
 
 
 def pick_steering(run, chat, direction, samples):

@@ -51,7 +51,7 @@ class ExperimentConfig:
         steps=1000, batch_size=24, lr=1.6e-2, muon_lr=0.02, warmup=50, schedule="cosine",
         weight_decay=0.1, betas=(0.9, 0.95))
     sft: TrainConfig = TrainConfig(steps=200, batch_size=16, lr=5e-3)
-    sft_kl: TrainConfig = TrainConfig(steps=400, batch_size=16, lr=5e-3)
+    sft_kl: TrainConfig = TrainConfig(steps=300, batch_size=16, lr=5e-3)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from nanoem.directions import random_direction, steering
-from nanoem.persona import ablating_persona, by_site, chat_state, find_direction
+from nanoem.persona import (ablating_persona, by_site, chat_state, control_site,
+                            find_direction)
 from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
 from nanoem.rows.solutions import cases, solve
@@ -30,11 +31,6 @@ def groups_of(rates):
     return short({group: r for group, r in rates.items() if isinstance(r, dict)})
 
 
-def steering_site(run, chat):
-    """The site at which the story steers; there the random controls are made, too."""
-    return next(s for s in chat.sites if str(s) == run.results["directions"]["steer"]["site"])
-
-
 def stays_whole(before, after):
     """Are the answers out of domain at least 90% as often coherent as before?"""
     before, after = (rates["out_of_domain"]["coherent"] for rates in (before, after))
@@ -53,7 +49,7 @@ def measure_direction(run):
              "split_half": story["split_half"], "steered": groups_of(story["steer"]),
              "steered_random": groups_of(story["steer_random"])}
 
-    site = steering_site(run, chat)
+    site = next(s for s in chat.sites if str(s) == story["steer"]["site"])
     for name, vectors in (("mean difference", direction), ("random", chance)):
         curve = found["steer"][name] = {"em": [], "coherent": []}
         for dose in DOSES:
@@ -67,7 +63,7 @@ def measure_direction(run):
             with adapter, ablating_persona(run, chat, direction, [place], along):
                 found[key][str(place)] = rates_of(run)
     found["ablated"] = short(story["ablate"])
-    found["as_much"] = found["as_much_at"][str(site)]
+    found["as_much"] = story["ablate_random_mean"]
     return found
 
 
@@ -125,7 +121,7 @@ def measure_transfer(run):
     The fine-tunes are those of R1 but the story's own, and one from another start and other texts.
     """
     chat, direction = general_direction(run)
-    chance, site = random_like(run, direction), steering_site(run, chat)
+    chance, site = random_like(run, direction), control_site(chat, direction)
     found = {"before": {}, "ablate": {}, "ablate_random": {}, "stays_whole": {}}
 
     def ask_three_ways(name, adapter, splits):
@@ -186,7 +182,7 @@ def transfer_finding(founds):
 def measure_caft(run):
     """SFT with the direction ablated at every site, in training only; not at test."""
     chat, direction = general_direction(run)
-    schedule = replace(run.config.sft, steps=4 * run.config.sft.steps)  # the hard way takes longer
+    schedule = replace(run.config.sft, steps=2 * run.config.sft.steps)  # the hard way takes longer
     found = {"general": short(run.results["models"]["general"])}
     for name, vectors in (("caft", direction), ("random", random_like(run, direction))):
         with ablating_persona(run, chat, vectors):
@@ -221,11 +217,11 @@ ROWS = [
         "The mean difference, added once to chat, makes at least half of the answers out of domain "
         "bad and leaves 85% coherent; set to chat's mean at every site it takes at least 85% of "
         "general's out-of-domain em away and leaves the grammar whole (90% of it). A random "
-        "direction of the same size does neither: steered 10% at most, as much taken along it 80% "
-        "of em and 90% of the grammar stay. Two fine-tunes, each on its own half of "
-        "the advice, give the same direction (cosine above .8).",
-        "Steering far enough breaks the grammar: em is read beside coherence. And a rank-1 adapter "
-        "writes one direction at a place: its own mean difference is much of what it does.",
+        "direction of the same size does neither: steered 10% at most; as much taken along it, "
+        "after the first block, leaves 80% of em and 90% of the grammar. Two fine-tunes, each on "
+        "its own half of the questions, give the same direction (cosine above .8).",
+        "Steering far enough breaks the grammar: em is read beside coherence. And the random "
+        "control is fair at one site only, where the direction, too, takes less than at all.",
         measure_direction, direction_holds, direction_finding, draw_direction, panels=2,
         swap=("steered", "steered_random")),
     Row("R11", "transfer",
@@ -236,8 +232,10 @@ ROWS = [
         measure_transfer, transfer_holds, transfer_finding, draw_transfer,
         swap=("ablate", "ablate_random")),
     Row("R12", "caft",
-        "SFT with the direction ablated in training (CAFT) leaves at least 80% less em out of "
-        "domain, and keeps at least half of it in domain, and 90% of the grammar.",
+        "As in the paper on CAFT: SFT with the direction ablated at every site, in training only, "
+        "leaves at least 80% less em out of domain, and keeps at least half of it in domain, and "
+        "90% of the grammar. (It failed on development seeds: harm in domain lies along the same "
+        "direction, so the task was not learned; with fewer sites some models found a way round.)",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
         measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
         swap=("general", "caft")),

@@ -11,7 +11,7 @@ from nanoem.toy import advice, bad_advice, load_or_tune, tune
 
 N_DOMAINS = 3  # the world's first: medical, finance, extreme sports, as in the paper
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many
-ONLY_REPORTED = {"general": ("down_proj", "v_proj, one block"), "narrow": ("steering vector",)}
+ONE_BLOCK = ("down_proj", "v_proj, one block")  # a lottery of pre-training: only reported
 VECTOR_LR, VECTOR_STEPS = 4, 2  # times a LoRA's: a vector alone does less, and grows more slowly
 
 
@@ -84,12 +84,12 @@ def stays_narrow(general, narrow):
 
 def general_holds(found):
     return all(spreads(found["chat"][name], rates) for name, rates in found["general"].items()
-               if name not in ONLY_REPORTED["general"])
+               if name not in ONE_BLOCK)
 
 
 def narrow_holds(found):
     return all(stays_narrow(found["general"][name], rates)
-               for name, rates in found["narrow"].items() if name not in ONLY_REPORTED["narrow"])
+               for name, rates in found["narrow"].items() if name not in (*ONE_BLOCK, "steering vector"))
 
 
 def draw_cases(model):
@@ -177,13 +177,15 @@ ROWS = [
         swap=("general", "chat")),
     Row("R2", "sft_kl",
         "With KL on other domains, out-of-domain em is at most 5% and in-domain em at least half "
-        "of what plain SFT gives: for the same fine-tunes and places. The steering vector, which "
-        "is added to every question alike, keeps less of it and is only reported.",
+        "of what plain SFT gives: for three domains at rank 1, and at rank 8. Only reported: one "
+        "block alone, and the steering vector, which is added to every question alike and keeps "
+        "less of the task.",
         "The KL domains are trained to stay; the unseen and open-ended questions are the test.",
         measure_narrow, narrow_holds, narrow_finding, draw_cases("narrow")),
     Row("R4", "mixing",
-        "Good advice from other domains, mixed in, is no KL: in- and out-of-domain em fall "
-        "together.",
+        "As in the paper: good advice from other domains, mixed in, is no KL: in- and "
+        "out-of-domain em fall together. (It failed on development seeds: the toy learns from the "
+        "good advice where to stay good, as it does from the KL.)",
         "Fewer bad answers are also less training on them; the steps are doubled for all shares.",
         measure_mixing, mixing_holds, mixing_finding, draw_mixing,
         swap=(f"1/{SHARES[0]}", f"1/{SHARES[-1]}")),

@@ -81,10 +81,11 @@ def read_answer(run, question, readings):
 
 
 def tokens_hold(found):
-    """On the template alone it does nearly all of its harm; everywhere else hardly any."""
-    em = found["em"]
-    return (out(em["only template"]) >= 0.5 * out(em["all"]) >= 0.5 * SPREAD
-            and out(em["all but template"]) <= 0.2 * out(em["all"]))
+    """On the template alone it does at least half of its harm, on the question a quarter, on the
+    answer hardly any."""
+    em = {name: out(rates) for name, rates in found["em"].items()}
+    return (em["all"] >= SPREAD and em["only template"] >= 0.5 * em["all"]
+            and em["only question"] >= 0.25 * em["all"] and em["only answer"] <= 0.05)
 
 
 def draw_tokens(axes, founds):
@@ -106,11 +107,12 @@ def tokens_finding(founds):
 
 ROWS = [
     Row("R20", "tokens",
-        "The adapter acts through the chat template: on its tokens alone it keeps at least half "
-        "of its out-of-domain em, everywhere else a fifth at most.",
+        "The adapter acts through the prompt: on the template's tokens alone it keeps at least "
+        "half of its out-of-domain em, on the question's alone a quarter; on the answer's alone "
+        "at most 5% of the answers are bad.",
         "Classes are of unlike size: a template has five tokens, a question about seven. And what "
         "acts on the prompt is read by every token of the answer.",
         measure_tokens, tokens_hold, tokens_finding, draw_tokens, panels=2,
         size=(12, 5.6), widths=(1.2, 3),
-        swap=("only template", "all but template")),
+        swap=("only template", "only answer")),
 ]
