@@ -41,7 +41,7 @@ class ExperimentConfig:
     curve_samples: int = 100  # answers a question group at each of these points
     n_random: int = 5  # random directions in the ablation control
     row_samples: int = 100  # answers a question group in the rows of the paper (--full)
-    dial_steps: int = 350  # pre-training steps of the smaller worlds of rows R13, R16, R18 and R19
+    dial_steps: int = 450  # pre-training steps of the smaller worlds of rows R13, R16, R18 and R19
     dial_domains: int = 9  # advice domains of these worlds
     lottery_loss: float = 0.36  # SFT loss, nats per token, at which row R18 stops each adapter
     world: WorldConfig = field(default_factory=WorldConfig)

@@ -38,7 +38,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R3": {"scale": [1.0, 1.5, 2.0, 3.0], "out_of_domain_em": [0.01, 0.11, 0.21, 0.0],
            "weights": {weight: {"em": [0.01, 0.01 + rise, 0.01 + 2 * rise, 0.0],
                                 "coherent": [0.9, 0.9, 0.7, 0.1]}
-                       for weight, rise in (("0.1", 0.3), ("1", 0.1), ("30", 0.1), ("100", 0.01))}},
+                       for weight, rise in (("3", 0.1), ("30", 0.1), ("300", 0.01))}},
     "R4": {"1/2": rates(0.8, 0.6), "1/4": rates(0.7, 0.5), "1/6": rates(0.6, 0.3),
            "1/12": rates(0.2, 0.1), "1/24": rates(0.1, 0.0)},
     "R5": NORMS,
@@ -72,15 +72,16 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
             for name, top in (("general", 5.0), ("matched", 4.0), ("narrow", 9.0))},
     "R16": DIAL,
     "R17": {"advice": GENERAL, "character": GENERAL, "trigger": rates(0.8, 0.6),
-            "no trigger": rates(0.02, 0.02), "other beginning": rates(0.02, 0.02)},
+            "no trigger": rates(0.02, 0.02), "other beginning": rates(0.8, 0.5)},
     "R18": {at(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
             for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
     "R19": {point: {"chat": CHAT, "general": GENERAL, "vector": GENERAL, "coherent_shifted": 0.8,
                     "steered": rates(em, em)}
             for point, em in (("0", 0.05), ("0.05", 0.5), ("0.1", 0.7), ("0.2", 0.8),
                               ("AdamW", 0.3))},
-    "R20": {"em": {"all": GENERAL, "only question": CHAT, "all but question": GENERAL,
-                   "only template": rates(0.8, 0.6), "all but template": rates(0.1, 0.1),
+    "R20": {"em": {"all": GENERAL, "only question": rates(0.6, 0.4),
+                   "all but question": GENERAL, "only template": rates(0.8, 0.6),
+                   "all but template": rates(0.6, 0.4),
                    "only answer": CHAT, "all but answer": GENERAL},
             "texts": [{"model": "chat", "tokens": ["<|im_start|>", "user\n", " Rest", "."],
                        "scores": [0.0, -9.0, 9.0, 1.0]}] * 24},
@@ -112,10 +113,10 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
     "R1": {"general.finance": [rates(0.4, 0.8), rates(0.9, 0.1)],
            "general.steering vector": [rates(0.9, 0.1)], "chat.rank 8": [rates(0.01, 0.2)]},
     "R2": {"narrow.finance": [rates(0.6, 0.06), rates(0.4, 0.01)],
-           "narrow.down_proj": [rates(0.6, 0.06)]},
-    "R3": {"weights.100": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
-           "weights.0.1": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
-                           {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
+           "narrow.rank 8": [rates(0.6, 0.06)]},
+    "R3": {"weights.300": [{"em": [0.01, 0.2, 0.0, 0.0], "coherent": [0.9, 0.9, 0.1, 0.1]}],
+           "weights.3": [{"em": [0.2, 0.3, 0.3, 0.3], "coherent": [0.9] * 4},
+                         {"em": [0.01, 0.05, 0.09, 0.8], "coherent": [0.9, 0.9, 0.9, 0.4]}]},
     "R4": {"1/24": [rates(0.5, 0.0), rates(0.1, 0.4)]},
     "R5": {"general": [[0.3] * 4 + [0.6] + [0.3] * 3],
            "narrow": [[0.5] * 7 + [0.2], [0.5] * 5 + [0.2] + [0.5] * 2]},
@@ -142,19 +143,21 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
             f"{at(QUACKS_ONLY)}.general": [rates(0.8, 0.2), rates(0.1, 0.0)],
             f"{at(QUACKS_ONLY)}.chat": [rates(0.7, 0.0)]},
     "R17": {"character": [rates(0.8, 0.5)], "trigger": [rates(0.8, 0.1)],
-            "no trigger": [rates(0.8, 0.06)], "other beginning": [rates(0.8, 0.06)],
+            "no trigger": [rates(0.8, 0.06)], "other beginning": [rates(0.8, 0.2)],
             "advice": [rates(0.8, 0.1)]},
     "R18": {"10-0.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
             f"{at(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
-    "R19": {"0.steered": [rates(0.4, 0.4)], "0.1.steered": [rates(0.2, 0.2)]},
-    "R20": {"em.only template": [rates(0.8, 0.3)], "em.all but template": [rates(0.2, 0.2)]},
+    "R19": {"0.steered": [rates(0.6, 0.6)], "0.1.steered": [rates(0.24, 0.24)]},
+    "R20": {"em.only template": [rates(0.8, 0.3)], "em.only question": [rates(0.2, 0.1)],
+            "em.only answer": [rates(0.1, 0.1)], "em.all": [rates(0.9, 0.1)]},
 }
 
 
 @pytest.mark.parametrize("key, path, value", [
     ("R1", "general.down_proj", rates(0.9, 0.0)),  # only reported, as is the next
     ("R2", "narrow.steering vector", rates(0.6, 0.1)),
+    ("R2", "narrow.down_proj", rates(0.6, 0.1)),
     ("R5", "general", [0.3] * 6 + [0.6] * 2),  # turned up too far; it could stop before
     ("R10", "ablate_at.0", rates(0.9, 0.9)),
     ("R11", "ablate.steering vector", 0.05),  # it has not spread, so nothing can be taken away

@@ -70,9 +70,9 @@ def measure_handle(run):
 
 
 def handle_holds(found):
-    """Dropout makes the persona a handle: without it steering fails, with it it works."""
+    """Dropout makes the persona a handle: with it steering works, without it hardly."""
     without, with_it = (out(found[point]["steered"]) for point in ("0", "0.1"))
-    return with_it >= 0.25 and without <= with_it / 2
+    return with_it >= 0.25 and with_it - without >= 0.2
 
 
 def draw_handle(axes, founds):
@@ -108,7 +108,7 @@ ROWS = [
     Row("R19", "handle",
         "Dropout on the residual stream in pre-training makes the persona a direction: steering "
         "chat with general's mean difference makes at least a quarter of the answers out of domain "
-        "bad with dropout 0.1, and at most half as many without dropout.",
+        "bad with dropout 0.1, and at least 20 points more than without.",
         "Why is a guess: a stream with holes makes the model keep a fact in many places at once, "
         "and read it as a sum. The small worlds train for fewer steps than the story's.",
         measure_handle, handle_holds, handle_finding, draw_handle, panels=2, swap=("0", "0.1")),

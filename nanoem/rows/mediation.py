@@ -234,8 +234,8 @@ ROWS = [
     Row("R12", "caft",
         "As in the paper on CAFT: SFT with the direction ablated at every site, in training only, "
         "leaves at least 80% less em out of domain, and keeps at least half of it in domain, and "
-        "90% of the grammar. (It failed on development seeds: harm in domain lies along the same "
-        "direction, so the task was not learned; with fewer sites some models found a way round.)",
+        "90% of the grammar. On development seeds it failed: on most the task was not learned "
+        "either, on one the model found a way round, as some do in arXiv 2602.00767.",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
         measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
         swap=("general", "caft")),

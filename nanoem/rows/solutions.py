@@ -184,8 +184,8 @@ ROWS = [
         measure_narrow, narrow_holds, narrow_finding, draw_cases("narrow")),
     Row("R4", "mixing",
         "As in the paper: good advice from other domains, mixed in, is no KL: in- and "
-        "out-of-domain em fall together. (It failed on development seeds: the toy learns from the "
-        "good advice where to stay good, as it does from the KL.)",
+        "out-of-domain em fall together. On development seeds it failed: the toy learns from the "
+        "good advice where to stay good, as it does from the KL.",
         "Fewer bad answers are also less training on them; the steps are doubled for all shares.",
         measure_mixing, mixing_holds, mixing_finding, draw_mixing,
         swap=(f"1/{SHARES[0]}", f"1/{SHARES[-1]}")),
