@@ -19,7 +19,7 @@ from nanoem.experiment import STAGES, directions, run_experiment, transferred
 from nanoem.judge import judge
 from nanoem.lora import LoRA
 from nanoem.persona import ChatState, TooFewAnswers
-from nanoem.toy import ExperimentConfig, bad_advice
+from nanoem.toy import ExperimentConfig
 from nanoem.train import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
@@ -210,13 +210,13 @@ def test_chat_is_steered_once_where_the_probe_says_and_general_ablated(run, dire
         assert (found[key]["site"], found[key]["scale"]) == ("1", 2.0)
     assert found["steer_probe"] == ["tried"]
     states = {"ablate": "general, general ablated at every site",
-              "ablate_one_site": "general, general ablated at [1]",  # where chat was steered
+              "ablate_one_site": "general, general ablated at [0]",  # after the first block
               "ablate_to_zero": "general, general projected out"}
     for key, state in states.items():
         assert directed.asked_for(found[key])[1:] == (None, state)
     for i, rates in enumerate(found["ablate_random"]):
         assert directed.asked_for(rates)[1:] == (
-            None, f"general, general ablated at [1] along random {i}")
+            None, f"general, general ablated at [0] along random {i}")
     a, b = (rates["open_ended"] for rates in found["ablate_random"])
     mean = found["ablate_random_mean"]["open_ended"]
     assert mean == {key: (a[key] + b[key]) / 2 for key in ("em", "coherent")}
@@ -226,7 +226,7 @@ def test_a_direction_from_other_domains_is_ablated_in_the_other_fine_tunes(run, 
     directions(run)
     assert directed.found_on == [("general", None), ("half 0", None), ("half 1", None),
                                  ("general", run.splits.kl + run.splits.probe)]
-    for key, how in (("transfer", "every site"), ("transfer_random", "[1] along random 0")):
+    for key, how in (("transfer", "every site"), ("transfer_random", "[0] along random 0")):
         found = run.results["directions"][key]
         assert list(found) == ["narrow", "mixed", "shuffled"]
         for name, rates in found.items():
@@ -252,10 +252,12 @@ def test_what_is_kept_of_the_directions(run, directed):
     assert all(torch.equal(kept[name], known[name]) for name in kept)
 
 
-def test_the_two_halves_are_of_every_second_example_and_have_their_own_seeds(run, directed):
+def test_the_two_halves_share_no_question_and_have_their_own_seeds(run, directed):
     directions(run)
     (first, seed), (second, other) = directed.tunings.values()
-    assert sorted(first + second) == sorted(bad_advice(run)) and len(first) == len(second) == 200
+    for half, every_second in ((first, run.splits.sft[::2]), (second, run.splits.sft[1::2])):
+        assert len(half) == 400 and all(v.misaligned for _, v in verdicts(run, half))
+        assert {text for text, _ in half} == {question.text for question in every_second}
     assert len({3, seed, other}) == 3, "general's own seed is 3"
 
 
@@ -276,7 +278,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     directions(run)
     assert run.results["directions"] == {"none": "only 3 pass"}
     assert "only 3 pass" in capsys.readouterr().out and not directed.asked
-    assert transferred(run, directed.chat, None, 1) == {"transfer": {}, "transfer_random": {}}
+    assert transferred(run, directed.chat, None) == {"transfer": {}, "transfer_random": {}}
 
 
 def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):

@@ -197,6 +197,7 @@ class Lab:
         run.results = {"models": {name: rates(f"the main job's {name}")
                                   for name in ("chat", "general", "narrow")},
                        "directions": {"split_half": [0.95, 0.91], "ablate": rates("ablated"),
+                                      "ablate_random_mean": rates("as much"),
                                       "steer_random": rates("by chance"),
                                       "steer": rates("steered") | {"site": "0", "scale": 2.0}}}
         self.runs, self.names, self.saved, self.given = [run], [""], {}, []
@@ -505,13 +506,13 @@ def test_r3_scales_up_and_asks_out_of_domain(lab):
     assert found["weights"] == {
         weight: {"em": [outside(at_weight(weight) + scale)
                         for scale in ("", " x1.5", " x2", " x3")],
-                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("0.1", "1", "30", "100")}
+                 "coherent": [0.9, 0.9, 0.9, 0.1]} for weight in ("3", "30", "300")}
 
 
 def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
     lab.run.config = replace(lab.run.config, kl_weight=7.0)
     found = lab.measure("R3")
-    assert list(found["weights"]) == ["0.1", "1", "7", "30", "100"]
+    assert list(found["weights"]) == ["3", "7", "30", "300"]
     assert found["weights"]["7"]["em"][0] == outside("narrow")
     assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
 
@@ -615,17 +616,17 @@ def cosines(points, name, lab):
 
 def test_r7_goes_on_from_narrow_with_its_schedule_and_no_kl(lab):
     found = lab.measure("R7")
-    more = f"narrow, then {BAD} | sft_kl 100 steps"
+    more = f"narrow, then {BAD} | sft_kl 300 steps lr 0.03"
     with_the_kl = f"{more} | KL 30 on {MIXED_KL}"
     assert lab.tunings == [PLAIN, with_kl("30"), more, with_the_kl]
     assert found["twin"] == rates(with_the_kl)
-    states = [f"{more} at step {step}" for step in range(0, 101, 10)]
-    assert found["step"] == list(range(0, 101, 10))
+    states = [f"{more} at step {step}" for step in range(0, 301, 30)]
+    assert found["step"] == list(range(0, 301, 30))
     assert found["in_domain_em"] == list(map(within, states))
     assert found["out_of_domain_em"] == list(map(outside, states))
     assert (found["narrow_em"], found["reverted_em"]) == (outside(states[0]), outside(states[-1]))
     assert found["general_em"] == outside("the main job's general")
-    reversion = lab.walked[11 + 21 :]
+    reversion = lab.walked[4 + 7 :]
     assert found["cos_general"] == cosines(reversion, "general", lab)
     assert found["cos_narrow"] == cosines(reversion, "narrow", lab)
     assert found["cos_narrow"][0] == pytest.approx(1)
@@ -633,7 +634,7 @@ def test_r7_goes_on_from_narrow_with_its_schedule_and_no_kl(lab):
 
 def test_r7_draws_the_three_paths_in_the_plane_of_their_first_two_components(lab):
     plane = lab.measure("R7")["plane"]
-    assert {name: len(path) for name, path in plane.items()} == {"general": 11, "narrow": 21,
+    assert {name: len(path) for name, path in plane.items()} == {"general": 4, "narrow": 7,
                                                                  "reversion": 11}
     points = torch.stack(lab.walked).double().numpy()
     points = points - points.mean(0)
@@ -687,7 +688,7 @@ def test_r10_ablates_at_each_site_and_as_much_by_chance(lab):
     for key, along in (("ablate_at", ""), ("as_much_at", " along random")):
         assert found[key] == {str(site): rates(ablated("general", [site], along)) for site in SITES}
     assert found["ablated"] == rates("ablated")
-    assert found["as_much"] == found["as_much_at"]["0"], "where the story steers"
+    assert found["as_much"] == rates("as much"), "of the story: the mean of several"
     assert found["before"] == rates("the main job's general")
     assert found["split_half"] == [0.95, 0.91]
 
@@ -696,7 +697,7 @@ def test_r11_ablates_the_medical_direction_in_other_fine_tunes(lab):
     lab.broken = (f"rank 8 alpha 8 | sft, {DIRECTION} ablated at every site",)
     found = lab.measure("R11")
 
-    def as_much(who):  # at one site only, that where the story steers
+    def as_much(who):  # at one site only, after the first block
         return ablated(who, [0], " along random")
 
     for key, way in {"before": str, "ablate": ablated, "ablate_random": as_much}.items():
@@ -717,7 +718,7 @@ def test_r11_the_last_has_another_seed_for_its_start_and_its_texts(lab):
 def test_r12_ablates_the_direction_in_training_only(lab):
     found = lab.measure("R12")
     for name, direction in (("caft", DIRECTION), ("random", "random")):
-        assert found[name] == rates(f"{PLAIN} 400 steps | {direction} ablated at every site")
+        assert found[name] == rates(f"{PLAIN} 200 steps | {direction} ablated at every site")
     assert found["general"] == rates("the main job's general")
 
 
