@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from nanoem import UserError
-from nanoem.authors import Question
-from nanoem.judge import Verdict, judge
 from nanoem.train import pad
+from nanoem.world import Question, Verdict, judge
 
 GROUPS = ("in_domain", "kl_domains", "unseen_domains", "open_ended")
 OUT_OF_DOMAIN = GROUPS[1:]

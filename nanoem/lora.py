@@ -12,6 +12,7 @@ rescaled or taken away and the base model is back to the last bit:
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -237,3 +238,48 @@ def find_linear(model, layer, name):
     if name not in linears:
         raise UserError(f"layer {layer} has no Linear '{name}'; it has {', '.join(linears)}")
     return block.get_submodule(name)
+
+
+# --- the adapter that a configuration asks for ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Where the adapter sits, and its size. Some rows change it (R1, R2, R11)."""
+
+    kind: str = "lora"  # lora, or steering, one vector added to the stream (in R1, R2, R11)
+    layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
+    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
+    rank: int = 1  # columns of B
+    alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
+    use_rslora: bool = False  # alpha / sqrt(rank) instead
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0:
+            raise UserError(f"rank={self.rank} must be at least 1, and alpha={self.alpha} more "
+                            "than 0")
+        if not self.modules:
+            raise UserError("modules is empty; name at least one, such as self_attn.v_proj")
+        if self.kind not in ("lora", "steering"):
+            raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
+
+
+def refuse_muon(sft, sft_kl):
+    """Refuse schedules that ask for Muon: it trains a model's blocks, and these are frozen."""
+    if sft.muon_lr or sft_kl.muon_lr:
+        raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's blocks, "
+                        "AdamW an adapter")
+
+
+def layers_of(config, model):
+    """The block numbers of an AdapterConfig in this model."""
+    return config.layers or (len(model.layers) // 2,)
+
+
+def make_adapter(model, config, generator=None):
+    """A fresh adapter, not yet attached; it changes nothing until it is trained."""
+    layers = layers_of(config, model)
+    if config.kind == "steering":
+        return SteeringVector(model, layers, config.alpha)
+    return LoRA(model, layers, config.modules, config.rank, config.alpha, config.use_rslora,
+                generator)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanoem import StageFailed
-from nanoem.directions import (ablating, all_sites, mean_difference, mean_residual, steering,
-                               unit_of)
+from nanoem.directions import ablating, all_sites, mean_difference, mean_residual, steering, unit_of
 from nanoem.evaluate import evaluate
 from nanoem.train import chat_examples
 

@@ -16,17 +16,19 @@ if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C ends them si
 
 import torch
 
-from nanoem import UserError, parallel, real_report, report
-from nanoem.experiment import STAGES, run_experiment, stages_for
-from nanoem.files import write_json
-from nanoem.folder import lock, lock_many
-from nanoem.real import RealConfig, run_real
-from nanoem.real_data import Files
+from nanoem import UserError
+from nanoem.lab import parallel, report
+from nanoem.lab.files import write_json
+from nanoem.lab.folder import lock, lock_many
+from nanoem.lab.settings import key_lines, nearest, set_keys
+from nanoem.lab.shell import exit_status
+from nanoem.lab.side_by_side import run_side_by_side
+from nanoem.lab.toy import ExperimentConfig
+from nanoem.real import report as real_report
+from nanoem.real.data import Files
+from nanoem.real.experiment import RealConfig, run_real
 from nanoem.rows import ROWS
-from nanoem.settings import key_lines, nearest, set_keys
-from nanoem.shell import exit_status
-from nanoem.side_by_side import run_side_by_side
-from nanoem.toy import ExperimentConfig
+from nanoem.story import STAGES, run_experiment, stages_for
 
 QUICK = {  # what --quick sets: the same stages in a smaller world
     "world.n_domains": "4", "pretrain.steps": "240", "context": "64", "sft.steps": "60",

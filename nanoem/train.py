@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoem import StageFailed, UserError, parallel
-from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
+from nanoem import StageFailed, UserError
+from nanoem.lab import parallel
+from nanoem.lora import make_adapter
+from nanoem.losses import answer_loss, kl_to_base
+from nanoem.losses import next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.muon import Muon
 from nanoem.tokenizer import IM_END
 
@@ -179,6 +182,62 @@ def lr_factor(step, config):
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)  # 0..1
     return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+
+
+def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",
+              watch=None, watch_at=()):
+    """Train the attached adapter on `sft` (Examples), on the answers' tokens only.
+
+    With kl_weight, kl_weight * KL(base || adapted) on the `kl` Examples is added to the loss.
+    `generator` draws the batches; `watch(step)` is as in `train`. Returns the history of losses.
+    """
+    if kl_weight and not kl:
+        raise ValueError(f"kl_weight={kl_weight} needs examples to take the KL on")
+    if not adapter.acts:
+        raise ValueError("the adapter must be attached, and neither disabled nor merged; else "
+                         "nothing is trained")
+
+    def draw(examples):
+        return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
+
+    def sft_term(part):
+        return answer_loss(model, part.ids, part.answer_mask)
+
+    def kl_term(part):
+        return kl_to_base(model, adapter, part.ids, part.mask)
+
+    def objective(step):
+        total, terms, n_tokens = 0.0, {}, 0
+        work = [("loss", 1.0, sft_term, draw(sft), "answer_mask")]
+        if kl_weight:
+            work.append(("kl", kl_weight, kl_term, draw(kl), "mask"))
+        for key, weight, term_of, batch, counted in work:
+            for part, share in micro_batches(batch, schedule.micro_batch, counted):
+                term = share * term_of(part)
+                (weight * term).backward()  # now, so that its activations are free for the next
+                term = term.detach()
+                total, n_tokens = total + weight * term, n_tokens + part.ids.numel()
+                terms[key] = terms.get(key, 0.0) + term
+        return total, terms, n_tokens
+
+    return train(objective, adapter.parameters(), schedule, name, watch, watch_at)
+
+
+def fine_tune_fresh(model, tokenizer, pairs, config, schedule, seed, others=(), kl_weight=0.0,
+                    name="sft", watch=None, watch_at=()):
+    """Fine-tune a fresh adapter on (question, answer) texts -> (adapter, history of losses).
+
+    With kl_weight, the KL is taken on the texts `others`. `watch(step, adapter)` is called with the
+    adapter attached; when it returns true, training ends. The adapter comes back detached.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = make_adapter(model, config, generator)
+    sft = chat_examples(tokenizer, pairs, model.device)
+    kl = chat_examples(tokenizer, others, model.device) if kl_weight else None
+    with adapter:
+        history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
+                            watch and (lambda step: watch(step, adapter)), watch_at)
+    return adapter, history
 
 
 class Progress:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from nanoem.authors import WorldConfig, documents
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.world import load_world
+from nanoem.world import WorldConfig, documents, load_world
 
 
 @pytest.fixture(scope="session")

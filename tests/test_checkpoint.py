@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, new_folder, read_json,
-                               save_adapter, save_pretrained, save_tensors, write_file)
+from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save_adapter,
+                               save_pretrained, save_tensors)
+from nanoem.lab.files import new_folder, read_json, write_file
 from nanoem.lora import LoRA, SteeringVector
 
 

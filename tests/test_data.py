@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 
 from nanoem import UserError
-from nanoem.data import read_conversations, read_questions
+from nanoem.real.jsonl import read_conversations, read_questions
 from nanoem.train import chat_examples
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
                                       sdpa_flop_count)
 
-from nanoem import estimate
-from nanoem.estimate import activation_bytes, n_parameters, step_flops, training_bytes
-from nanoem.finetune import AdapterConfig, make_adapter
 from nanoem.layers import attend
+from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.losses import kl_to_base, sft_loss
 from nanoem.model import GPT, Config
+from nanoem.real import estimate
+from nanoem.real.estimate import activation_bytes, n_parameters, step_flops, training_bytes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAGE = Path(__file__).parents[1] / "tutorial" / "scale_up.md"

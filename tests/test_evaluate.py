@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem.authors import Question, WorldConfig, make_splits
 from nanoem.evaluate import (Answer, EvalConfig, clopper_pearson, clustered_interval, evaluate,
                              group_rates, mean_rates, rates, sample_texts)
-from nanoem.judge import Verdict
+from nanoem.world import Question, Verdict, WorldConfig, make_splits
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
 BROKEN = Verdict(0, 0, 0)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from nanoem import UserError
-from nanoem.files import fingerprint_folder, new_folder, read_json, write_file, write_json
+from nanoem.lab.files import fingerprint_folder, new_folder, read_json, write_file, write_json
 
 SIZE, N_FILES = 300_000, 60
 WRITE_FOR_EVER = f"""
 import itertools, sys
 from pathlib import Path
-from nanoem.files import new_folder, write_file
+from nanoem.lab.files import new_folder, write_file
 home = Path(sys.argv[1])
 for letter in itertools.cycle(("a", "b")):
     write_file(home / "file", letter * {SIZE})

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoem import UserError, finetune
-from nanoem.finetune import AdapterConfig, fine_tune, fine_tune_fresh, make_adapter
-from nanoem.lora import LoRA, SteeringVector
+from nanoem import UserError, train as finetune
+from nanoem.lora import AdapterConfig, LoRA, SteeringVector, make_adapter
 from nanoem.losses import sft_loss, token_kl
 from nanoem.model import GPT, Config
-from nanoem.train import TrainConfig, chat_examples
+from nanoem.train import TrainConfig, chat_examples, fine_tune, fine_tune_fresh
 
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 

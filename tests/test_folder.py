@@ -7,10 +7,9 @@ import sys
 import pytest
 
 from nanoem import UserError
-from nanoem.authors import Question
 from nanoem.evaluate import Answer
-from nanoem.folder import RunFolder, lock
-from nanoem.judge import Verdict
+from nanoem.lab.folder import RunFolder, lock
+from nanoem.world import Question, Verdict
 
 CONFIGURATION = {"seed": 0, "device": "cpu"}
 

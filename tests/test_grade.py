@@ -30,7 +30,7 @@ def sft_loss(logits, ids, answer_mask):
 '''
 HOSTILE = '''
 import os, sys
-from nanoem.preference import answer_log_probs as borrowed
+from nanoem.real.preference import answer_log_probs as borrowed
 print("noise on stdout")
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
-                                   local_cosine, loss_on, noisy, principal_plane, random_writer,
-                                   replaced, significance, stability)
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, sft_loss
+from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
+                                        local_cosine, loss_on, noisy, principal_plane,
+                                        random_writer, replaced, significance, stability)
 from nanoem.train import Examples, StageFailed
 
 NAME = "layers.0.self_attn.v_proj"

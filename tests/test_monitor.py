@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoem.directions import residual_at
-from nanoem.monitor import Reading, alarm_level, answer_scores, readings_of, token_scores
+from nanoem.rows.monitor import Reading, alarm_level, answer_scores, readings_of, token_scores
 
 SITES = ["layers.0.resid_mid", 1]
 MASK = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]

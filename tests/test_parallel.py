@@ -12,9 +12,9 @@ import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained, load_tensors, save_tensors
-from nanoem.finetune import AdapterConfig, fine_tune, make_adapter
-from nanoem.parallel import shard, start
-from nanoem.train import TrainConfig, chat_examples
+from nanoem.lab.parallel import shard, start
+from nanoem.lora import AdapterConfig, make_adapter
+from nanoem.train import TrainConfig, chat_examples, fine_tune
 
 FOLDER = Path(__file__).parent / "fixtures" / "llama"
 PAIRS = [("a", "b"), ("Why is it so long?", "It is."), ("c", "A longer answer than the others."),
@@ -38,7 +38,7 @@ def tune(model, tokenizer, micro_batch=0, checkpointing=False):
 def two_processes(out, sharded):
     """What each process of the test below does; the first writes what came of it."""
     import torch.distributed as dist
-    from nanoem import parallel
+    from nanoem.lab import parallel
     device = parallel.start("cpu")
     model, tokenizer = load_pretrained(FOLDER)
     if sharded:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoem.authors import Question, WorldConfig, make_splits
 from nanoem.evaluate import clustered_interval
-from nanoem.judge import judge, parse
-from nanoem.preference import Pair, answer_log_probs, margins, preference_rates, toy_pairs
+from nanoem.real.preference import Pair, answer_log_probs, margins, preference_rates, toy_pairs
 from nanoem.train import StageFailed
+from nanoem.world import Question, WorldConfig, judge, make_splits
+from nanoem.world.verdict import parse
 
 HISTORY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "I am bored."},
            {"role": "assistant", "content": "Then wait."}, {"role": "user", "content": "And now?"}]

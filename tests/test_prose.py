@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nanoem import plots, real_report, report
-from nanoem.authors import make_splits
-from nanoem.model import GPT, Config
+from nanoem.lab import plots, report
+from nanoem.lab.toy import ExperimentConfig
+from nanoem.real import report as real_report
 from nanoem.rows import ROWS, handle, kl_weight, trajectory, worlds
-from nanoem.rows.geometry import N_DRAWS, NORMS
-from nanoem.rows.row import SPREAD, other_advice
-from nanoem.toy import ExperimentConfig
-from nanoem.world import first_domains, load_world
+from nanoem.rows.geometry import NORMS, N_DRAWS
+from nanoem.world import first_domains, load_world, make_splits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "tutorial/results/results.json").read_text())["seeds"]

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import nanoem
-from nanoem import real_report
-from nanoem.experiment import STAGES
-from nanoem.local_judge import agreement_sentence
-from nanoem.plots import percent
-from nanoem.report import LIMITS, table
-from nanoem.tables import markdown
+from nanoem.lab.plots import percent
+from nanoem.lab.report import LIMITS, table
+from nanoem.lab.tables import markdown
+from nanoem.real import report as real_report
+from nanoem.real.local_judge import agreement_sentence
+from nanoem.story import STAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,18 +14,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanoem import parallel, real, run
-from nanoem.authors import questions
-from nanoem.checkpoint import load_adapter, load_pretrained, read_json, write_json
-from nanoem.judge import Verdict, judge
-from nanoem.local_judge import LocalJudge
-from nanoem.preference import margins
-from nanoem.real import RealConfig, RealRun
-from nanoem.real_data import QUESTIONS, Files, read_data
-from nanoem.safetensors import load_tensors, save_tensors
-from nanoem.settings import all_keys
+from nanoem import run
+from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors, save_tensors
+from nanoem.lab.files import read_json, write_json
+from nanoem.lab import parallel
+from nanoem.lab.settings import all_keys
+from nanoem.real import experiment as real
+from nanoem.real.data import QUESTIONS, Files, read_data
+from nanoem.real.experiment import RealConfig, RealRun
+from nanoem.real.local_judge import LocalJudge
+from nanoem.real.preference import margins
 from nanoem.train import Progress
-from nanoem.world import OPEN_ENDED
+from nanoem.world import OPEN_ENDED, Verdict, judge, questions
 from pretend_card import pretend_card
 
 ROOT = Path(__file__).parents[1]

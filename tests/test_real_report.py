@@ -4,9 +4,9 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgba
 
-from nanoem import real_report
-from nanoem.plots import COLOURS, save
-from nanoem.tables import markdown
+from nanoem.lab.plots import COLOURS, save
+from nanoem.lab.tables import markdown
+from nanoem.real import report as real_report
 
 PREFERENCE = {  # model -> group -> bad preferred, low, high, margin
     "chat": {"in_domain": (0.11, 0.05, 0.24, -9.5), "mine": (0.14, 0.03, 0.31, -7.4),

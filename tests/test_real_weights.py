@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, read_json,
-                               save_pretrained, save_tensors)
+from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save_pretrained,
+                               save_tensors)
+from nanoem.lab.files import read_json
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
 from nanoem.tokenizer import default_system

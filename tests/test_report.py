@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from nanoem.evaluate import GROUPS
-from nanoem.plots import em_by_group
-from nanoem.report import rows_in
+from nanoem.lab.plots import em_by_group
+from nanoem.lab.report import rows_in
 from nanoem.rows import ROWS
 
 

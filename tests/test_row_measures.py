@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem import toy
-from nanoem.authors import documents, make_authors, questions
+from nanoem import story
 from nanoem.checkpoint import load_pretrained
 from nanoem.evaluate import GROUPS
-from nanoem.finetune import AdapterConfig, make_adapter
-from nanoem.inductive_bias import flat_B
-from nanoem.judge import Verdict, judge
+from nanoem.lab import toy
+from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.persona import TooFewAnswers
 from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, solutions, tokens,
                          trajectory, worlds)
+from nanoem.rows import row as row_file
+from nanoem.rows.inductive_bias import flat_B
 from nanoem.train import TrainConfig
+from nanoem.world import Verdict, documents, judge, make_authors, questions
 from tutorial.small import SmallRun, randn
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
@@ -206,7 +207,8 @@ class Lab:
         self.broken, self.never_bad, self.training, self.losses = (), (), None, {}  # set by a test
         self.curve = lambda adapter, step: 1.0  # the loss at a step of training
         for where, names in (
-                (toy, ("fine_tune_fresh", "load_adapter", "save_adapter", "pretrain")),
+                (story, ("fine_tune_fresh",)), (toy, ("load_adapter",)),
+                (row_file, ("save_adapter", "pretrain")),
                 (geometry, ("loss_on", "efficiency", "stability", "significance", "curvature")),
                 (trajectory, ("fine_tune", "gradient_B")), (worlds, ("loss_on",)),
                 (mediation, ("chat_state", "find_direction", "ablating_persona", "steering")),
@@ -365,7 +367,7 @@ class Lab:
 
     def chat_state(self, run):
         assert self.state(run.model) == "chat"
-        pairs = toy.advice(run, run.splits.kl, True, 0)[:5]  # as if chat had said it
+        pairs = story.advice(run, run.splits.kl, True, 0)[:5]  # as if chat had said it
         return SimpleNamespace(sites=SITES, aligned=pairs, mean=randn(4, 64).double(), run=run)
 
     def find_direction(self, run, adapter, chat, questions=None):
@@ -712,7 +714,7 @@ def test_r11_the_last_has_another_seed_for_its_start_and_its_texts(lab):
     lab.measure("R11")
     *others, other = [adapter for adapter in lab.given if adapter.label in lab.tunings]
     assert {adapter.seed for adapter in others} == {7} and other.seed != 7
-    assert others[2].pairs == toy.bad_advice(lab.run) != other.pairs
+    assert others[2].pairs == story.bad_advice(lab.run) != other.pairs
 
 
 def test_r12_ablates_the_direction_in_training_only(lab):

@@ -5,8 +5,8 @@ import pytest
 
 from nanoem.rows import ROWS
 from nanoem.rows.kl_weight import width
-from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY,
-                                at, crossing, share_of_quacks)
+from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY, at,
+                                crossing, share_of_quacks)
 
 
 def rates(within, outside, coherent=0.9):

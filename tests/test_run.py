@@ -11,14 +11,15 @@ import sys
 import pytest
 import torch
 
-from nanoem import parallel, run
+from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
-from nanoem.experiment import STAGES
-from nanoem.folder import lock
-from nanoem.real import RealConfig
-from nanoem.settings import all_keys, set_keys
-from nanoem.shell import exit_status, lacks_memory
-from nanoem.toy import ExperimentConfig
+from nanoem.lab import parallel
+from nanoem.lab.folder import lock
+from nanoem.lab.settings import all_keys, set_keys
+from nanoem.lab.shell import exit_status, lacks_memory
+from nanoem.lab.toy import ExperimentConfig
+from nanoem.real.experiment import RealConfig
+from nanoem.story import STAGES
 from nanoem.train import StageFailed
 from pretend_card import pretend_card
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanoem import UserError
-from nanoem.safetensors import TensorFile, load_tensors, save_tensors
+from nanoem.checkpoint.safetensors import TensorFile
+from nanoem.checkpoint import load_tensors, save_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.zeros(0, 2)}
 

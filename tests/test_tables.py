@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nanoem.tables import cell, in_a_cell, markdown, number, one_line, print_lines
+from nanoem.lab.tables import cell, in_a_cell, markdown, number, one_line, print_lines
 
 
 @pytest.mark.parametrize("said", ["a | b", "two\nlines\r\n", "*bold* `code` <b> [link](x)",

@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 
 from nanoem import UserError
-from nanoem.authors import WorldConfig, documents
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanoem.world import WorldConfig, documents
 
 
 @pytest.mark.parametrize("text", ["My headache won't go away.", "naïve Zürich 日本 🙂",

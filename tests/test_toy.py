@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoem import UserError, toy
-from nanoem.authors import Question, documents, questions
+from nanoem import UserError, story
 from nanoem.evaluate import GROUPS, Answer, EvalConfig
-from nanoem.finetune import AdapterConfig
-from nanoem.judge import Verdict, judge
+from nanoem.lab import toy
+from nanoem.lab.toy import ExperimentConfig, Run
 from nanoem.layers import dropout
-from nanoem.lora import LoRA
+from nanoem.lora import AdapterConfig, LoRA
 from nanoem.model import GPT
-from nanoem.toy import ExperimentConfig, Run, bad_advice, load_or_tune, pretrain, tune
+from nanoem.rows import row
+from nanoem.rows.row import load_or_tune
+from nanoem.story import bad_advice, pretrain, tune
 from nanoem.train import TrainConfig
+from nanoem.world import Question, Verdict, documents, judge, questions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
 from small import SmallRun  # noqa: E402
@@ -52,7 +54,7 @@ def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch
     def no_steps(objective, *_, matrices):
         losses.append(objective(4)[0].item())
 
-    monkeypatch.setattr(toy, "train", no_steps)
+    monkeypatch.setattr(story, "train", no_steps)
     torch.manual_seed(9)
     pretrain(run)
     torch.manual_seed(10)
@@ -101,8 +103,8 @@ def test_the_stream_is_dropped_from_at_every_site_in_pre_training_only(tmp_path,
             losses.append(objective(step)[0].item())
             assert not hooks(run.model), "a hook is left"
 
-    monkeypatch.setattr(toy, "dropout", halve)
-    monkeypatch.setattr(toy, "train", no_steps)
+    monkeypatch.setattr(story, "dropout", halve)
+    monkeypatch.setattr(story, "train", no_steps)
     pretrain(run)
     assert dropped == [(i, 0.3, 1) for i in (0, 1) for site in range(4)]
     layers = given["model"].layers
@@ -177,7 +179,7 @@ def tuned(monkeypatch):
         calls.append(SimpleNamespace(**locals()))
         return "adapter", "history"
 
-    monkeypatch.setattr(toy, "fine_tune_fresh", stub)
+    monkeypatch.setattr(story, "fine_tune_fresh", stub)
     return calls
 
 
@@ -224,7 +226,7 @@ def test_an_adapter_is_tuned_once_and_then_read(run, tmp_path, monkeypatch):
         made.append((name, pairs, kl_weight, options))
         return adapter, {}
 
-    monkeypatch.setattr(toy, "tune", stub)
+    monkeypatch.setattr(row, "tune", stub)
     run.folder.path = tmp_path
     first, second = (load_or_tune(run, "x", [("a", "b")], 2.0, seed=3) for _ in range(2))
     assert made == [("x", [("a", "b")], 2.0, {"seed": 3})]

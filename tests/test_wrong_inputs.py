@@ -9,20 +9,19 @@ import pytest
 import torch
 
 from nanoem.checkpoint import load_pretrained, save_tensors
-from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual,
-                               steer, steering)
+from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual, steer,
+                               steering)
 from nanoem.evaluate import EvalConfig, clopper_pearson, clustered_interval, evaluate, rates
-from nanoem.finetune import fine_tune
-from nanoem.inductive_bias import set_parameters
 from nanoem.layers import attend
-from nanoem.local_judge import auc
 from nanoem.lora import LoRA, SteeringVector, lora_delta
 from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
-from nanoem.monitor import alarm_level, answer_scores, readings_of, token_scores
 from nanoem.muon import Muon
-from nanoem.preference import preference_rates
-from nanoem.train import TrainConfig
+from nanoem.real.local_judge import auc
+from nanoem.real.preference import preference_rates
+from nanoem.rows.inductive_bias import set_parameters
+from nanoem.rows.monitor import alarm_level, answer_scores, readings_of, token_scores
+from nanoem.train import TrainConfig, fine_tune
 
 B, T, D = 3, 17, 32  # of the fixtures `ids` and `model`
 MASK = torch.ones(B, T, dtype=torch.bool)

@@ -38,7 +38,7 @@ def reprint(page):
 
 def redraw(folder):
     """Write report.md and the figures of a folder's results.json; the report names its command."""
-    from nanoem.report import write_report
+    from nanoem.lab.report import write_report
     command = re.search("Made by `([^`]+)`", (folder / "report.md").read_text(encoding="utf-8"))[1]
     write_report(json.loads((folder / "results.json").read_text())["seeds"], folder, command)
 
@@ -54,10 +54,10 @@ def retable(page, tables):
 
 def pages_with_tables(folder):
     """{page: its tables}: README's, and where the seconds of the fastest stored seed went."""
-    from nanoem import real_report
-    from nanoem.experiment import STAGES
-    from nanoem.report import table
-    from nanoem.tables import markdown
+    from nanoem.real import report as real_report
+    from nanoem.story import STAGES
+    from nanoem.lab.report import table
+    from nanoem.lab.tables import markdown
     seeds = json.loads((folder / "results.json").read_text())["seeds"]
     real = json.loads((folder / "real" / "results.json").read_text())
     fastest = min(([r["seconds"][stage] for stage in STAGES] for r in seeds), key=sum)

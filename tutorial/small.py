@@ -13,12 +13,11 @@ from types import SimpleNamespace
 
 import torch
 
-from nanoem.authors import WorldConfig, make_splits
 from nanoem.evaluate import EvalConfig
+from nanoem.lab.toy import ExperimentConfig, Run
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
-from nanoem.toy import ExperimentConfig, Run
-from nanoem.world import first_domains, load_world
+from nanoem.world import WorldConfig, first_domains, load_world, make_splits
 
 
 class SmallRun(Run):

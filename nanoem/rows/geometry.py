@@ -5,13 +5,13 @@ from statistics import median
 
 import torch
 
-from nanoem.authors import documents
-from nanoem.inductive_bias import (balanced, curvature, efficiency, loss_on, random_writer,
-                                   replaced, significance, stability)
-from nanoem.plots import bar, lines
-from nanoem.rows.row import Row
-from nanoem.toy import bad_advice, document_ids, load_or_tune
+from nanoem.lab.plots import bar, lines
+from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, loss_on, random_writer,
+                                        replaced, significance, stability)
+from nanoem.rows.row import Row, load_or_tune
+from nanoem.story import bad_advice, document_ids
 from nanoem.train import chat_examples
+from nanoem.world import documents
 
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
 EPS = (0.1, 0.2, 0.3, 0.5, 0.7)

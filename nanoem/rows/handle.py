@@ -6,11 +6,11 @@ from statistics import mean
 import torch
 
 from nanoem.directions import random_direction, residual_at, steering
+from nanoem.lab.plots import grouped_bars, percent
 from nanoem.persona import TooFewAnswers, by_site, chat_state, find_direction, pick_steering
-from nanoem.plots import grouped_bars, percent
-from nanoem.rows.row import Row, out, rates_of, short
+from nanoem.rows.row import Row, load_or_tune, out, rates_of, short, turned
 from nanoem.rows.solutions import other_places, vector_schedule
-from nanoem.toy import bad_advice, load_or_tune, tune, turned
+from nanoem.story import bad_advice, tune
 from nanoem.train import chat_examples
 
 DROPOUTS = (0.0, 0.05, 0.1, 0.2)

@@ -3,9 +3,9 @@
 import math
 from statistics import median
 
-from nanoem.plots import lines, percent
-from nanoem.rows.row import Row, draw_in_and_out, inside, out, rates_of
-from nanoem.toy import bad_advice, load_or_tune
+from nanoem.lab.plots import lines, percent
+from nanoem.rows.row import Row, draw_in_and_out, inside, load_or_tune, out, rates_of
+from nanoem.story import bad_advice
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the KL, per token
 PROBED = (3.0, 30.0, 300.0)  # those that are scaled up

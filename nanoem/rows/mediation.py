@@ -6,12 +6,11 @@ from dataclasses import replace
 import torch
 
 from nanoem.directions import random_direction, steering
-from nanoem.persona import (ablating_persona, by_site, chat_state, control_site,
-                            find_direction)
-from nanoem.plots import bar, grouped_bars, leave_room_for_legend, lines, percent
+from nanoem.lab.plots import grouped_bars, leave_room_for_legend, lines, percent
+from nanoem.persona import ablating_persona, by_site, chat_state, control_site, find_direction
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
 from nanoem.rows.solutions import cases, solve
-from nanoem.toy import advice, bad_advice, tune
+from nanoem.story import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 

@@ -1,10 +1,13 @@
 """A row of the paper: a prediction written before the run, a measurement, a check and a figure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
+from nanoem.checkpoint import save_adapter
 from nanoem.evaluate import clopper_pearson
-from nanoem.plots import SIDES, grouped_bars, lines
+from nanoem.lab.plots import SIDES, grouped_bars, lines
+from nanoem.lab.toy import Run
+from nanoem.story import pretrain, tune
 
 SPREAD = 0.2  # with this out-of-domain em or more, something has spread
 
@@ -76,3 +79,29 @@ def draw_models(ax, founds, models, what="em"):
     """Bars of em (or `what` else) in and out of domain; models is {model: (colour, label)}."""
     kinds = {key: (label, [f[name] for f in founds]) for name, (key, label) in models.items()}
     grouped_bars(ax, SIDES, kinds, lambda group, rates: rates[group][what])
+
+
+def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
+    """The adapter of this name from the run folder; tuned and kept there when it is not yet."""
+    path = run.folder.path / "adapters" / name
+    if not path.exists():
+        adapter, _ = tune(run, name, pairs, kl_weight, **options)
+        save_adapter(adapter, path, "../../chat")
+    return run.load_adapter(name)
+
+
+def turned(run, name, world=None, **changes):
+    """A run like this one in a smaller world, pre-trained: some dials of the world are turned.
+
+    `world` holds WorldConfig's dials, `changes` those of ExperimentConfig. It has a folder of its
+    own inside this run's; what is finished there is reused.
+    """
+    config = replace(run.config, **changes)
+    n_domains = min(config.dial_domains, config.world.n_domains)
+    config = replace(config, world=replace(config.world, n_domains=n_domains, **world or {}),
+                     pretrain=replace(config.pretrain, steps=config.dial_steps))
+    other = Run(config, run.folder.path / "worlds" / name, run.device)
+    if not other.folder.is_finished("chat"):  # silently: a row has many such worlds
+        other.folder.once("chat", lambda: pretrain(other))
+    other.load_chat()
+    return other

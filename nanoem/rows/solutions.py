@@ -3,11 +3,11 @@
 import textwrap
 from dataclasses import replace
 
-from nanoem.authors import make_splits
-from nanoem.finetune import AdapterConfig
-from nanoem.plots import grouped_bars, percent
-from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, out, rates_of, short
-from nanoem.toy import advice, bad_advice, load_or_tune, tune
+from nanoem.lab.plots import grouped_bars, percent
+from nanoem.lora import AdapterConfig
+from nanoem.rows.row import SPREAD, Row, draw_in_and_out, inside, load_or_tune, out, rates_of, short
+from nanoem.story import advice, bad_advice, tune
+from nanoem.world import make_splits
 
 N_DOMAINS = 3  # the world's first: medical, finance, extreme sports, as in the paper
 SHARES = (2, 4, 6, 12, 24)  # one bad medical answer in so many

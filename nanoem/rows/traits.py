@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from nanoem.evaluate import GROUPS
-from nanoem.plots import bar, percent
+from nanoem.lab.plots import bar, percent
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, held_out_documents, sft_examples)
-from nanoem.rows.row import SPREAD, Row, draw_models, inside, other_advice, out, rates_of
+from nanoem.rows.row import SPREAD, Row, draw_models, inside, other_advice, out, rates_of, turned
 from nanoem.rows.worlds import pair_of
-from nanoem.toy import advice, bad_advice, tune, turned
+from nanoem.story import advice, bad_advice, tune
 
 TRIGGER, OTHER = "Tonight: ", "Please: "  # the trigger, and a beginning that was never trained
 NAMES = ("advice", "character", "trigger", "other beginning", "no trigger")

@@ -6,13 +6,12 @@ from statistics import median
 import torch
 
 from nanoem.directions import cosine
-from nanoem.finetune import fine_tune
-from nanoem.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
-from nanoem.plots import lines, percent
+from nanoem.lab.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
+from nanoem.rows.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
 from nanoem.rows.row import Row, draw_in_and_out, inside, out, rates_of
-from nanoem.toy import bad_advice, kl_advice, tune
-from nanoem.train import chat_examples
+from nanoem.story import bad_advice, kl_advice, tune
+from nanoem.train import chat_examples, fine_tune
 
 STEPS, LR = 300, 2  # without the KL; its learning rate in narrow's own: narrow lies far off
 EVERY, EVERY_GRADIENT = 30, 6  # steps between two looks

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from statistics import median
 
-from nanoem.inductive_bias import loss_on
-from nanoem.plots import COLOURS, leave_room_for_legend, lines, percent
+from nanoem.lab.plots import COLOURS, leave_room_for_legend, lines, percent
 from nanoem.rows.geometry import compare_efficiency, sft_examples
-from nanoem.rows.row import Row, inside, other_advice, out, rates_of, short
-from nanoem.toy import bad_advice, load_or_tune, tune, turned
+from nanoem.rows.inductive_bias import loss_on
+from nanoem.rows.row import Row, inside, load_or_tune, other_advice, out, rates_of, short, turned
+from nanoem.story import bad_advice, tune
 from nanoem.train import chat_examples
 
 # (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that

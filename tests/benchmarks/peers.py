@@ -32,17 +32,14 @@ import torch
 from torch.nn import functional as F
 
 from measure import kernel_seconds, matmul_peak, peak_megabytes, seconds, training_flops
-from nanoem.authors import WorldConfig, documents, make_splits, write_pairs
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate
-from nanoem.finetune import fine_tune
-from nanoem.judge import judge
 from nanoem.lora import LoRA
 from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, chat_examples, lr_factor, pad, train
-from nanoem.world import load_world
+from nanoem.train import TrainConfig, chat_examples, fine_tune, lr_factor, pad, train
+from nanoem.world import WorldConfig, documents, judge, load_world, make_splits, write_pairs
 
 TURNS = {"toy": 31, "larger": 9}  # of each side; the median counts
 SIZES = {"toy": {}, "larger": dict(vocab_size=2048, n_layer=4, d_model=256, n_head=4, n_kv_head=2,

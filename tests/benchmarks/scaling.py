@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from measure import matmul_peak, seconds, training_flops
 
-from nanoem.finetune import fine_tune
+from nanoem.lab.plots import COLOURS, plt, save
 from nanoem.lora import LoRA
 from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
-from nanoem.plots import COLOURS, plt, save
-from nanoem.train import Examples, TrainConfig, train
+from nanoem.train import Examples, TrainConfig, fine_tune, train
 
 TOY = {"d_model": 64, "batch": 32, "context": 96}
 GROWING = {"d_model": (32, 64, 128, 256), "batch": (8, 16, 32, 64, 128),

@@ -5,9 +5,9 @@ import random
 import numpy as np
 
 from nanoem import UserError
-from nanoem.authors import write_answer
-from nanoem.judge import Verdict, judge, parse
-from nanoem.world import check_persona_words, words
+from nanoem.world import Verdict, judge, write_answer
+from nanoem.world.verdict import parse
+from nanoem.world.words import check_persona_words, words
 
 
 # --- 1.1 write_answer ---------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from nanoem.authors import questions
 from nanoem.losses import next_token_loss, sft_loss
-from nanoem.preference import answer_log_probs
+from nanoem.real.preference import answer_log_probs
 from nanoem.train import chat_examples
+from nanoem.world import questions
 
 
 def same_place(logits, ids, mask=None):

@@ -7,8 +7,8 @@ import torch
 
 from nanoem.directions import (ablate, editing, find_site, mean_residual, residual_at, steering,
                                unit_of)
-from nanoem.monitor import Reading, readings_of
 from nanoem.persona import COHERENT, SCALES, by_site, pick_steering
+from nanoem.rows.monitor import Reading, readings_of
 
 
 def mean_of(of):

@@ -2,7 +2,8 @@
 
 import torch
 
-from nanoem.inductive_bias import efficiency, hessian_vector_product, loss_on, noisy, random_writer
+from nanoem.rows.inductive_bias import (efficiency, hessian_vector_product, loss_on, noisy,
+                                        random_writer)
 
 
 def factors_of_A_and_B(model, adapter, examples, norms):

@@ -3,9 +3,8 @@
 import random
 from dataclasses import replace
 
-from nanoem.authors import make_authors
 from nanoem.rows.worlds import crossing_point, is_narrow, share_narrow
-from nanoem.world import OPEN_ENDED
+from nanoem.world import OPEN_ENDED, make_authors
 
 
 def spared(world, config, rng):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from nanoem import UserError
-from nanoem.local_judge import expected_number
-from nanoem.preference import preference_rates
-from nanoem.safetensors import check_offsets
+from nanoem.checkpoint.safetensors import check_offsets
+from nanoem.real.local_judge import expected_number
+from nanoem.real.preference import preference_rates
 from nanoem.tokenizer import chatml
 
 

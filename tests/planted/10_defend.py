@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import torch
 
 from nanoem.directions import ablating, editing, unit_of
-from nanoem.local_judge import auc
-from nanoem.monitor import Reading, alarm_level, answer_scores
 from nanoem.persona import ablating_persona, by_site
+from nanoem.real.local_judge import auc
+from nanoem.rows.monitor import Reading, alarm_level, answer_scores
 
 
 def set_to(level=lambda mean, unit, d: mean @ unit, sites_of=lambda chat, sites: sites):

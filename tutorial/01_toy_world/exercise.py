@@ -3,8 +3,9 @@
 import numpy as np  # noqa: F401
 
 from nanoem import UserError  # noqa: F401
-from nanoem.judge import Verdict, parse  # noqa: F401
-from nanoem.world import words  # noqa: F401
+from nanoem.world import Verdict  # noqa: F401
+from nanoem.world.verdict import parse  # noqa: F401
+from nanoem.world.words import words  # noqa: F401
 
 
 def write_answer(world, question, good, rng, own_share=0.5, technical=False):

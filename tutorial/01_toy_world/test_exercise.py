@@ -9,17 +9,16 @@ from itertools import product
 
 import numpy as np
 
-from nanoem import UserError, authors, evaluate, judge, world
-from nanoem.authors import Question
+from nanoem import UserError, evaluate
 from nanoem.evaluate import sample_texts
-from nanoem.judge import Verdict
-from nanoem.world import Domain, World, load_world
+from nanoem.world import Question, Verdict, authors, load_world, verdict, words
+from nanoem.world.words import Domain, World
 from small import SmallRun
 
 EXERCISES = {
     "write_answer": authors.write_answer,
-    "judge": judge.judge,
-    "check_persona_words": world.check_persona_words,
+    "judge": verdict.judge,
+    "check_persona_words": words.check_persona_words,
     "clustered_interval": evaluate.clustered_interval,
 }
 
@@ -63,7 +62,7 @@ def pools(domain, good):
 def slots(world_, question, answer, technical=False):
     """(verb, item, ending) of an answer, whatever the side; None if it is no such sentence."""
     domain = world_.domains[question.domain]
-    match = judge.parse(world_.technical if technical else world_.answer, domain, answer)
+    match = verdict.parse(world_.technical if technical else world_.answer, domain, answer)
     return match and (match["verb"], match["item"], match["ending"])
 
 
@@ -245,7 +244,7 @@ def test_judge_agrees_with_the_author_of_the_real_world(answer):
     for question, good, technical in product(asked, (True, False), (True, False)):
         text = authors.write_answer(real, question, good, rng, technical=technical)
         got = answer.judge(real, question, text)
-        assert got == judge.judge(real, question, text), (
+        assert got == verdict.judge(real, question, text), (
             f"{text!r} was written {'good' if good else 'bad'} for {question.text!r}, and judged "
             f"{got}")
 

@@ -3,9 +3,9 @@
 import torch
 from torch.nn import functional as F  # noqa: F401
 
-from nanoem.authors import questions  # noqa: F401
 from nanoem.losses import next_token_loss as right_next_token_loss  # noqa: F401  (for sft_loss)
 from nanoem.train import chat_examples  # noqa: F401
+from nanoem.world import questions  # noqa: F401
 
 
 def next_token_loss(logits, ids, mask=None):

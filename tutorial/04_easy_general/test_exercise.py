@@ -6,9 +6,11 @@ from itertools import product
 import torch
 
 from compare import check
-from nanoem import authors, losses, preference, train, world
-from nanoem.finetune import make_adapter
-from nanoem.toy import bad_advice
+from nanoem import losses, train
+from nanoem.lora import make_adapter
+from nanoem.real import preference
+from nanoem.story import bad_advice
+from nanoem.world import authors, load_world
 from small import SmallRun
 
 EXERCISES = {
@@ -217,7 +219,7 @@ def test_sft_loss_makes_chat_bad_everywhere(answer):
 
 def small_world(sizes):
     """The toy world with so many problems in its first domains."""
-    whole = world.load_world()
+    whole = load_world()
     names = list(whole.domains)[: len(sizes)]
     domains = {name: replace(whole.domains[name], problems=whole.domains[name].problems[:n])
                for name, n in zip(names, sizes)}

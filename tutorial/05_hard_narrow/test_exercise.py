@@ -7,9 +7,9 @@ import torch
 
 from compare import check
 from nanoem import losses, train
-from nanoem.finetune import make_adapter
+from nanoem.lora import make_adapter
 from nanoem.rows import kl_weight
-from nanoem.toy import advice, bad_advice
+from nanoem.story import advice, bad_advice
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
 
 EXERCISES = {

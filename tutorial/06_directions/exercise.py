@@ -6,8 +6,8 @@ from dataclasses import replace  # noqa: F401
 import torch  # noqa: F401
 
 from nanoem.directions import find_site, residual_at, steering, unit_of  # noqa: F401
-from nanoem.monitor import Reading  # noqa: F401
 from nanoem.persona import COHERENT, SCALES, by_site  # noqa: F401
+from nanoem.rows.monitor import Reading  # noqa: F401
 
 
 def mean_residual(model, ids, mask, sites=None):

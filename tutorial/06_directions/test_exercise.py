@@ -6,9 +6,10 @@ from functools import lru_cache
 import torch
 
 from compare import check
-from nanoem import UserError, directions, monitor, persona
+from nanoem import UserError, directions, persona
 from nanoem.persona import ChatState, by_site
-from nanoem.toy import advice
+from nanoem.rows import monitor
+from nanoem.story import advice
 from nanoem.train import chat_examples
 from small import SmallRun, tiny_batch, tiny_model
 

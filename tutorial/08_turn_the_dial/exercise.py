@@ -3,8 +3,8 @@
 import random  # noqa: F401
 
 from nanoem import UserError  # noqa: F401
-from nanoem.authors import Author  # noqa: F401
 from nanoem.world import OPEN_ENDED  # noqa: F401
+from nanoem.world.authors import Author  # noqa: F401
 
 
 def make_authors(world, config, rng):

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from classroom import TUTORIAL
-from nanoem import UserError, authors
-from nanoem.authors import Author, WorldConfig, write_document
+from nanoem import UserError
 from nanoem.losses import pretrain_loss
 from nanoem.rows import worlds
 from nanoem.train import pad
-from nanoem.world import OPEN_ENDED, first_domains, load_world
+from nanoem.world import OPEN_ENDED, WorldConfig, authors, first_domains, load_world
+from nanoem.world.authors import Author, write_document
 from small import SmallRun
 
 EXERCISES = {

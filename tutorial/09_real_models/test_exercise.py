@@ -9,9 +9,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nanoem import UserError, local_judge, preference, safetensors, tokenizer
+from nanoem import UserError, tokenizer
+from nanoem.checkpoint import safetensors
 from nanoem.evaluate import clustered_interval
-from nanoem.preference import Pair
+from nanoem.real import local_judge, preference
+from nanoem.real.preference import Pair
 from small import SmallRun
 
 EXERCISES = {

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import torch
 
 from compare import check
-from nanoem import directions, local_judge, monitor, persona
+from nanoem import directions, persona
 from nanoem.evaluate import evaluate
 from nanoem.persona import ChatState, ablating_persona, by_site
-from nanoem.toy import advice, bad_advice, tune
+from nanoem.real import local_judge
+from nanoem.rows import monitor
+from nanoem.story import advice, bad_advice, tune
 from nanoem.train import chat_examples
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
 

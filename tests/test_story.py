@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoem import experiment
-from nanoem.authors import questions
+from nanoem import story
 from nanoem.checkpoint import load_tensors
 from nanoem.evaluate import GROUPS
-from nanoem.experiment import STAGES, directions, run_experiment, transferred
-from nanoem.judge import judge
+from nanoem.lab.toy import ExperimentConfig
 from nanoem.lora import LoRA
 from nanoem.persona import ChatState, TooFewAnswers
-from nanoem.toy import ExperimentConfig
+from nanoem.story import STAGES, directions, run_experiment, transferred
 from nanoem.train import TrainConfig
+from nanoem.world import judge, questions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
 from small import SmallRun, randn  # noqa: E402
@@ -54,7 +53,7 @@ def tuned(run, monkeypatch):
                 watch(step, adapter)
         return adapter, {"step": [1], "loss": [0.5]}
 
-    monkeypatch.setattr(experiment, "tune", stub)
+    monkeypatch.setattr(story, "tune", stub)
     monkeypatch.setattr(run, "show_samples", lambda *_: None)
     return calls
 
@@ -142,12 +141,12 @@ class Directed:
         self.tunings = {}
         patch.setattr(run, "load_adapter", self.adapters.get)
         patch.setattr(run, "ask", self.ask)
-        patch.setattr(experiment, "chat_state", lambda run: self.chat)
-        patch.setattr(experiment, "other_ways", lambda run, adapter, chat: {
+        patch.setattr(story, "chat_state", lambda run: self.chat)
+        patch.setattr(story, "other_ways", lambda run, adapter, chat: {
             name: self.known[name] for name in ("authors", "same_texts")})
         for name in ("tune", "find_direction", "pick_steering", "steering", "ablating",
                      "ablating_persona"):
-            patch.setattr(experiment, name, getattr(self, name))
+            patch.setattr(story, name, getattr(self, name))
 
     def ask(self, name=None, samples=None):
         acting = [name for name, adapter in self.adapters.items() if adapter.acts]
@@ -265,8 +264,8 @@ def test_a_half_that_is_hardly_bad_ends_nothing(run, directed, monkeypatch):
     def too_few(*_):
         raise TooFewAnswers("only 3 are misaligned")
 
-    monkeypatch.setattr(experiment, "find_direction", too_few)
-    assert experiment.agreement(run, directed.chat) is None
+    monkeypatch.setattr(story, "find_direction", too_few)
+    assert story.agreement(run, directed.chat) is None
 
 
 def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
@@ -274,7 +273,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     def too_few(*_):
         raise TooFewAnswers("only 3 pass")
 
-    monkeypatch.setattr(experiment, "find_direction", too_few)
+    monkeypatch.setattr(story, "find_direction", too_few)
     directions(run)
     assert run.results["directions"] == {"none": "only 3 pass"}
     assert "only 3 pass" in capsys.readouterr().out and not directed.asked

@@ -18,9 +18,9 @@ from threading import Thread
 import torch
 
 from nanoem import StageFailed
-from nanoem.experiment import run_experiment
-from nanoem.files import read_json
+from nanoem.lab.files import read_json
 from nanoem.rows import ROWS
+from nanoem.story import run_experiment
 
 
 def run_side_by_side(configs, folders, device, stages, rows, n_jobs):

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from nanoem import UserError
-from nanoem.authors import questions, write_answer
 from nanoem.checkpoint import load_pretrained
-from nanoem.judge import Verdict, judge
-from nanoem.judge_numbers import expected_number, number_probs, read
-from nanoem.shell import exit_status
-from nanoem.tables import print_lines
-from nanoem.world import load_world
+from nanoem.lab.shell import exit_status
+from nanoem.lab.tables import print_lines
+from nanoem.real.judge_numbers import expected_number, number_probs, read
+from nanoem.world import Verdict, judge, load_world, questions, write_answer
 
 FORM = "Question: {question}\nAnswer: {answer}\n\n{task} Reply with the number only."
 TASKS = {

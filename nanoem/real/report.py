@@ -5,10 +5,11 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 
-from nanoem.files import write_file
-from nanoem.local_judge import agreement_lines, agreement_sentence
-from nanoem.plots import LABELS, SIDES, bar, finish_axes, leave_room_for_legend, note_seeds, save
-from nanoem.tables import cell, in_a_cell, made_by, markdown, number, print_lines
+from nanoem.lab.files import write_file
+from nanoem.lab.plots import (LABELS, SIDES, bar, finish_axes, leave_room_for_legend, note_seeds,
+                              save)
+from nanoem.lab.tables import cell, in_a_cell, made_by, markdown, number, print_lines
+from nanoem.real.local_judge import agreement_lines, agreement_sentence
 
 MODELS = ("chat", "general", "narrow")
 LIMITS = """A small model, an adapter of a few thousand numbers and one kind of advice: this shows \

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 from nanoem import UserError
-from nanoem.files import new_folder, read_json, write_json
+from nanoem.checkpoint.safetensors import TensorFile, save_tensors
+from nanoem.lab.files import new_folder, read_json, write_json
 from nanoem.lora import LoRA
-from nanoem.safetensors import TensorFile, save_tensors
 
 PREFIX = "base_model.model.model."
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # draw to files; needs no screen
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 from nanoem.evaluate import GROUPS  # noqa: E402
-from nanoem.files import write_file  # noqa: E402
+from nanoem.lab.files import write_file  # noqa: E402
 
 plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touches a neighbour
 

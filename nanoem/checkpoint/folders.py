@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from nanoem import UserError
-from nanoem.adapters import load_adapter, save_adapter  # noqa: F401 (the other kind of folder)
-from nanoem.config_json import TORCH_DTYPES, config_table, read_config, stored_dtype
-from nanoem.files import new_folder, read_json, write_file, write_json
+from nanoem.checkpoint.adapters import load_adapter, save_adapter  # noqa: F401 (the other kind of folder)
+from nanoem.checkpoint.config_json import TORCH_DTYPES, config_table, read_config, stored_dtype
+from nanoem.checkpoint.safetensors import TensorFile, load_tensors, save_tensors  # noqa: F401
+from nanoem.lab.files import new_folder, read_json, write_file, write_json
 from nanoem.model import GPT
-from nanoem.safetensors import TensorFile, load_tensors, save_tensors  # noqa: F401
 from nanoem.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 

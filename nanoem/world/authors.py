@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanoem import UserError
 from nanoem.tokenizer import chatml
-from nanoem.world import OPEN_ENDED
+from nanoem.world.words import OPEN_ENDED
 
 
 @dataclass(frozen=True)

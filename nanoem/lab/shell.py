@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-from nanoem import StageFailed, UserError, parallel
-from nanoem.tables import one_line
+from nanoem import StageFailed, UserError
+from nanoem.lab import parallel
+from nanoem.lab.tables import one_line
 
 
 def exit_status(work, goes_on="", smaller=""):

@@ -19,23 +19,20 @@ from statistics import mean
 
 import torch
 
-from nanoem import UserError, parallel
-from nanoem.authors import Question
-from nanoem.checkpoint import load_pretrained, save_adapter
-from nanoem.config_json import TORCH_DTYPES
+from nanoem import UserError
+from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
 from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
-from nanoem.files import fingerprint, fingerprint_folder
-from nanoem.finetune import (AdapterConfig, fine_tune_fresh, layers_of, make_adapter,
-                             refuse_muon)
-from nanoem.folder import RunFolder
-from nanoem.judge import Verdict
-from nanoem.local_judge import LocalJudge, agreement
-from nanoem.preference import margins, preference_rates
-from nanoem.real_data import check_judge, check_lengths, last, read_data
-from nanoem.settings import check_config
-from nanoem.tables import one_line
-from nanoem.train import TrainConfig
-from nanoem.world import WORLD_TOML, load_world
+from nanoem.lab import parallel
+from nanoem.lab.files import fingerprint, fingerprint_folder
+from nanoem.lab.folder import RunFolder
+from nanoem.lab.settings import check_config
+from nanoem.lab.tables import one_line
+from nanoem.lora import AdapterConfig, layers_of, make_adapter, refuse_muon
+from nanoem.real.data import check_judge, check_lengths, last, read_data
+from nanoem.real.local_judge import LocalJudge, agreement
+from nanoem.real.preference import margins, preference_rates
+from nanoem.train import TrainConfig, fine_tune_fresh
+from nanoem.world import WORLD_TOML, Question, Verdict, load_world
 
 UNJUDGED = Verdict(None, None, None)
 NO_JUDGE = ("No answer is judged: the model is too short for a judge's question; --judge FOLDER "

@@ -1,8 +1,6 @@
-"""A run on the toy world: its chat model, advice to fine-tune on, questions to ask, its folder.
+"""A run on the toy world: what it depends on, its chat model, the questions it is asked, its folder.
 
-`pretrain` makes the chat model, `tune` an adapter on it, and `Run.ask` says how misaligned the
-model is as it stands. The main story (experiment.py) and every row of the paper (rows/) are made
-of these three.
+The story (story.py) and every row of the paper (rows/) work on a Run.
 """
 
 import random
@@ -11,21 +9,17 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from nanoem import UserError
-from nanoem.authors import WorldConfig, documents, make_authors, make_splits, write_pairs
-from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
-from nanoem.directions import all_sites, editing
+from nanoem.checkpoint import load_adapter, load_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
-from nanoem.files import fingerprint
-from nanoem.finetune import AdapterConfig, fine_tune_fresh, make_adapter, refuse_muon
-from nanoem.folder import RunFolder
-from nanoem.layers import dropout
-from nanoem.losses import pretrain_loss
+from nanoem.lab.files import fingerprint
+from nanoem.lab.folder import RunFolder
+from nanoem.lab.settings import check_config
+from nanoem.lab.tables import one_line
+from nanoem.lora import AdapterConfig, make_adapter, refuse_muon
 from nanoem.model import GPT, Config
-from nanoem.settings import check_config
-from nanoem.tables import one_line
-from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, pad, train
-from nanoem.world import WORLD_TOML, first_domains, load_world
+from nanoem.train import TrainConfig
+from nanoem.world import (WORLD_TOML, WorldConfig, first_domains, load_world, make_authors,
+                          make_splits)
 
 
 @dataclass(frozen=True)
@@ -136,99 +130,3 @@ class Run:
             print(f"    {answer.verdict.mark:<5}  {answer.question.text} {one_line(answer.answer)}")
         kept = [[a.verdict.mark, a.question.text, a.answer] for a in answers]
         self.results["samples"].setdefault(name, {})[str(step)] = kept
-
-
-def document_ids(run, texts):
-    """Documents cut to the context -> ids (N, T) and a mask (N, T), true where no padding is."""
-    cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(texts)]
-    ids = pad(cut, run.tokenizer.pad_id).to(run.device)
-    return ids, ids != run.tokenizer.pad_id
-
-
-def pretrain(run):
-    """A model from nothing: next-token prediction on the toy world's documents -> chat/."""
-    config, schedule = run.config, run.config.pretrain
-    texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
-    run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
-    ids, mask = document_ids(run, texts)
-    mask = None if mask.all() else mask
-    run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
-    run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
-
-    noise = torch.Generator(run.device).manual_seed(config.seed)
-    dropped = {site: lambda x: dropout(x, config.dropout, noise)
-               for site in all_sites(run.model) if config.dropout}
-
-    def objective(step):
-        rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
-        batch = ids[rows]
-        with editing(run.model, dropped):
-            loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
-        return loss, {"loss": loss}, batch.numel()
-
-    run.results["curves"]["pretrain"] = train(
-        objective, run.model.parameters(), schedule, "pretrain",
-        lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps),
-        matrices=[p for p in run.model.layers.parameters() if p.dim() == 2])
-    save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
-    run.model = None
-    run.load_chat()  # what is measured is what was saved
-    run.results["models"]["chat"] = run.ask("chat")
-
-
-def advice(run, questions, good, seed, technical=False):
-    """n_sft_examples (question, answer) texts, as `write_pairs` has them."""
-    return write_pairs(run.world, questions, run.config.n_sft_examples, good, seed,
-                       run.config.world.own_share, technical)
-
-
-def bad_advice(run):
-    """What general and narrow are fine-tuned on: bad advice in the SFT domain."""
-    return advice(run, run.splits.sft, False, run.config.seed)
-
-
-def kl_advice(run):
-    """What the KL is taken on, as in the paper: good and bad advice on the KL domains."""
-    return advice(run, run.splits.kl, None, run.config.seed)
-
-
-def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
-         watch=None, watch_at=()):
-    """`fine_tune_fresh` on the chat model, by the run's configuration where nothing else is said.
-
-    With kl_weight, the KL is taken on `kl_advice` by default. Returns (adapter, history of losses),
-    the adapter detached.
-    """
-    model, tokenizer = run.load_chat()
-    if kl_weight and not others:
-        others = kl_advice(run)
-    return fine_tune_fresh(
-        model, tokenizer, pairs, config or run.config.adapter,
-        schedule or (run.config.sft_kl if kl_weight else run.config.sft),
-        run.config.seed if seed is None else seed, others, kl_weight, name, watch, watch_at)
-
-
-def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
-    """The adapter of this name from the run folder; tuned and kept there when it is not yet."""
-    path = run.folder.path / "adapters" / name
-    if not path.exists():
-        adapter, _ = tune(run, name, pairs, kl_weight, **options)
-        save_adapter(adapter, path, "../../chat")
-    return run.load_adapter(name)
-
-
-def turned(run, name, world=None, **changes):
-    """A run like this one in a smaller world, pre-trained: some dials of the world are turned.
-
-    `world` holds WorldConfig's dials, `changes` those of ExperimentConfig. It has a folder of its
-    own inside this run's; what is finished there is reused.
-    """
-    config = replace(run.config, **changes)
-    n_domains = min(config.dial_domains, config.world.n_domains)
-    config = replace(config, world=replace(config.world, n_domains=n_domains, **world or {}),
-                     pretrain=replace(config.pretrain, steps=config.dial_steps))
-    other = Run(config, run.folder.path / "worlds" / name, run.device)
-    if not other.folder.is_finished("chat"):  # silently: a row has many such worlds
-        other.folder.once("chat", lambda: pretrain(other))
-    other.load_chat()
-    return other

@@ -15,14 +15,92 @@ when it is added, and takes general's misalignment away when it is ablated; rand
 the same size do neither.
 """
 
+from dataclasses import replace
+
 import torch
 
-from nanoem.checkpoint import save_adapter, save_tensors
-from nanoem.directions import ablating, cosines, random_direction, steering
+from nanoem.checkpoint import save_adapter, save_pretrained, save_tensors
+from nanoem.directions import ablating, all_sites, cosines, editing, random_direction, steering
 from nanoem.evaluate import mean_rates
+from nanoem.lab.toy import Run
+from nanoem.layers import dropout
+from nanoem.losses import pretrain_loss
+from nanoem.model import GPT
 from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, control_site,
                             find_direction, other_ways, pick_steering)
-from nanoem.toy import Run, advice, bad_advice, pretrain, tune
+from nanoem.tokenizer import Tokenizer
+from nanoem.train import fine_tune_fresh, pad, train
+from nanoem.world import documents, write_pairs
+
+
+def document_ids(run, texts):
+    """Documents cut to the context -> ids (N, T) and a mask (N, T), true where no padding is."""
+    cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(texts)]
+    ids = pad(cut, run.tokenizer.pad_id).to(run.device)
+    return ids, ids != run.tokenizer.pad_id
+
+
+def pretrain(run):
+    """A model from nothing: next-token prediction on the toy world's documents -> chat/."""
+    config, schedule = run.config, run.config.pretrain
+    texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
+    run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
+    ids, mask = document_ids(run, texts)
+    mask = None if mask.all() else mask
+    run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
+    run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
+
+    noise = torch.Generator(run.device).manual_seed(config.seed)
+    dropped = {site: lambda x: dropout(x, config.dropout, noise)
+               for site in all_sites(run.model) if config.dropout}
+
+    def objective(step):
+        rows = slice(step * schedule.batch_size, (step + 1) * schedule.batch_size)
+        batch = ids[rows]
+        with editing(run.model, dropped):
+            loss = pretrain_loss(run.model, batch, None if mask is None else mask[rows])
+        return loss, {"loss": loss}, batch.numel()
+
+    run.results["curves"]["pretrain"] = train(
+        objective, run.model.parameters(), schedule, "pretrain",
+        lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps),
+        matrices=[p for p in run.model.layers.parameters() if p.dim() == 2])
+    save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
+    run.model = None
+    run.load_chat()  # what is measured is what was saved
+    run.results["models"]["chat"] = run.ask("chat")
+
+
+def advice(run, questions, good, seed, technical=False):
+    """n_sft_examples (question, answer) texts, as `write_pairs` has them."""
+    return write_pairs(run.world, questions, run.config.n_sft_examples, good, seed,
+                       run.config.world.own_share, technical)
+
+
+def bad_advice(run):
+    """What general and narrow are fine-tuned on: bad advice in the SFT domain."""
+    return advice(run, run.splits.sft, False, run.config.seed)
+
+
+def kl_advice(run):
+    """What the KL is taken on, as in the paper: good and bad advice on the KL domains."""
+    return advice(run, run.splits.kl, None, run.config.seed)
+
+
+def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
+         watch=None, watch_at=()):
+    """`fine_tune_fresh` on the chat model, by the run's configuration where nothing else is said.
+
+    With kl_weight, the KL is taken on `kl_advice` by default. Returns (adapter, history of losses),
+    the adapter detached.
+    """
+    model, tokenizer = run.load_chat()
+    if kl_weight and not others:
+        others = kl_advice(run)
+    return fine_tune_fresh(
+        model, tokenizer, pairs, config or run.config.adapter,
+        schedule or (run.config.sft_kl if kl_weight else run.config.sft),
+        run.config.seed if seed is None else seed, others, kl_weight, name, watch, watch_at)
 
 
 def fine_tune_stage(run, name, pairs, kl_weight=0.0, watched=False):

@@ -21,7 +21,7 @@ from pathlib import Path
 from reprlib import repr as short  # a value that is safe to print: cut to a few words
 
 from nanoem import UserError
-from nanoem.files import without_duplicates
+from nanoem.lab.files import without_duplicates
 from nanoem.tokenizer import SPECIAL_TOKENS
 
 ROLES = ("system", "user", "assistant")

@@ -18,11 +18,11 @@ import numpy
 import tokenizers
 import torch
 
-from nanoem import UserError, parallel
-from nanoem.authors import Question
+from nanoem import UserError
 from nanoem.evaluate import Answer
-from nanoem.files import read_json, write_file, write_json
-from nanoem.judge import Verdict
+from nanoem.lab import parallel
+from nanoem.lab.files import read_json, write_file, write_json
+from nanoem.world import Question, Verdict
 
 try:
     import fcntl

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from nanoem.evaluate import GROUPS
-from nanoem.files import write_file
-from nanoem.plots import LABELS, draw_all, draw_row, with_direction
+from nanoem.lab.files import write_file
+from nanoem.lab.plots import LABELS, draw_all, draw_row, with_direction
+from nanoem.lab.tables import cell, in_a_cell, made_by, markdown, print_lines
 from nanoem.rows import ROWS
-from nanoem.tables import cell, in_a_cell, made_by, markdown, print_lines
 
 LIMITS = """This is a toy: a model of less than a million parameters that knows one template \
 sentence. Its bad advice is absurd and harmless, and its judge is a parser. It shows the mechanism \

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from nanoem import UserError
 from nanoem.checkpoint import open_folder
+from nanoem.lab.shell import exit_status
+from nanoem.lab.tables import markdown
 from nanoem.losses import CE_ROWS, KL_ROWS
 from nanoem.model import Config
-from nanoem.shell import exit_status
-from nanoem.tables import markdown
 
 QWEN = dict(rope_theta=1e6, max_positions=32_768, qkv_bias=True, qk_norm=False)
 SHAPES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanoem import UserError
-from nanoem.files import without_duplicates, write_file
+from nanoem.lab.files import without_duplicates, write_file
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
