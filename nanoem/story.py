@@ -22,9 +22,9 @@ import torch
 from nanoem.checkpoint import save_adapter, save_pretrained, save_tensors
 from nanoem.directions import ablating, all_sites, cosines, editing, random_direction, steering
 from nanoem.evaluate import mean_rates
+from nanoem.lab.fused import pretrain_loss
 from nanoem.lab.toy import Run
 from nanoem.layers import dropout
-from nanoem.losses import pretrain_loss
 from nanoem.model import GPT
 from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, control_site,
                             find_direction, other_ways, pick_steering)

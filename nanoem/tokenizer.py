@@ -5,14 +5,11 @@ class, because both are byte-level BPE (Sennrich et al. 2016) as the `tokenizers
 """
 
 import json
-import re
-from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoem import UserError
-from nanoem.lab.files import read_json
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
@@ -33,12 +30,15 @@ def chatml(messages, add_generation_prompt=False):
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the few methods nanoem needs."""
+    """A `tokenizers.Tokenizer` with the few methods nanoem needs.
 
-    def __init__(self, backend, template=CHAT_TEMPLATE):
+    checkpoint/templates.py opens that of a model folder, with its own chat template.
+    """
+
+    def __init__(self, backend, template=CHAT_TEMPLATE, system=None):
         self.backend = backend
         self.template = template
-        self.system = default_system(template)  # what it says when a conversation has no system
+        self.system = system  # what the template says when a conversation has no system message
         self.thinks = "enable_thinking" in template  # Qwen3: an answer begins with a thought
         ids = [backend.token_to_id(token) for token in (IM_END, END_OF_TEXT)]
         if None in ids:
@@ -58,45 +58,6 @@ class Tokenizer:
                                       initial_alphabet=alphabet, show_progress=False)
         backend.train_from_iterator(texts, trainer)
         return cls(drop_stepping_stones(backend, texts, {*alphabet, *SPECIAL_TOKENS}))
-
-    @classmethod
-    def load(cls, path):
-        """Open a tokenizer.json. Raises UserError, naming the file."""
-        if not Path(path).is_file():
-            raise UserError(f"{path} does not exist; a model folder needs a tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            backend.no_truncation()  # a file may say how it was last used; nothing is cut here
-            backend.no_padding()
-            tokenizer = cls(backend)
-        except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
-            raise UserError(f"{path} is not a tokenizer nanoem can open: {error}") from error
-        prompt, answer = f"{IM_START}assistant\n", "Try it."
-        if tokenizer.encode(prompt + answer) != tokenizer.encode(prompt) + tokenizer.encode(answer):
-            raise UserError(f"{path} gives an answer other tokens after a prompt than alone; "
-                            "nanoem needs byte-level BPE, as Qwen has it")
-        return tokenizer
-
-    @classmethod
-    def from_folder(cls, folder):
-        """The tokenizer of a model folder, with its chat template and all of its stop ids.
-
-        Raises UserError for files that are missing or broken, and for a template other than ChatML.
-        """
-        folder = Path(folder)
-        tokenizer = cls.load(folder / "tokenizer.json")
-        template, file = read_template(folder)
-        if template is not None:
-            check_template(file, template)
-            tokenizer = cls(tokenizer.backend, template)
-        file = folder / "generation_config.json"
-        ids = read_json(file).get("eos_token_id") if file.is_file() else None
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        for i in ids:
-            if type(i) is not int or not 0 <= i < tokenizer.n_ids:
-                raise UserError(f"{file}: eos_token_id {i!r} is no token of tokenizer.json")
-        tokenizer.stop_ids += tuple(i for i in ids if i not in tokenizer.stop_ids)
-        return tokenizer
 
     @property
     def n_ids(self):
@@ -170,66 +131,6 @@ def drop_stepping_stones(backend, texts, always_keep):
     for token in spec["added_tokens"]:
         token["id"] = model["vocab"][token["content"]]
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
-# --- a model folder's own template ----------------------------------------------------------------
-
-
-def read_template(folder):
-    """The chat template of a model folder (None if it has none) and the file it stands in."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8"), file
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
-    file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{file}: chat_template should be text, and is {template!r}")
-    return template, file
-
-
-def check_template(file, template):
-    """Refuse a template that writes what `chat` does not."""
-    if IM_START not in template or IM_END not in template:
-        raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
-                        "nanoem chats in ChatML only, as Qwen does")
-    always_thinks = "enable_thinking" not in template and re.search(r"assistant(\n|\\n)<think>",
-                                                                    template)
-    for written, what in (("bos_token" in template, "a token before the first message"),
-                          (always_thinks, "<think> itself")):
-        if written:
-            raise UserError(f"{file}: the chat template writes {what}; nanoem's ChatML does not")
-
-
-def default_system(template):
-    """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
-
-    nanoem does not run templates (they are programs): it looks for the text of such a message,
-    written out in one piece, or for a name that a literal text is set to.
-    """
-    template = re.sub(r"\{%-? *if tools\b.*?\{%-? *(?:else|endif)", "", template, flags=re.DOTALL)
-    named = re.search(r"system\\n['\"] *\+ *(\w+)\b(?![.\[])", template)
-    literal = named and re.search(rf"set {named[1]} *= *(['\"])(.+?)\1", template)
-    if literal:
-        return literal[2]
-    pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
-    texts = pieces[::2]  # outside of tags
-    for tag in pieces[1::2]:
-        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
-        escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
-        texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
-                  for single, double in quoted if not tag.startswith("{#")]
-    start = re.escape(f"{IM_START}system\n")
-    for text in texts:
-        found = re.search(rf"{start}(.+?){re.escape(IM_END)}", text, re.DOTALL)
-        if found:
-            return found[1]
-    return None
 
 
 def split_thought(message):

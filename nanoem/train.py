@@ -1,17 +1,16 @@
 """Training: tokenised examples, and the one loop that every stage runs through."""
 
 import math
-import sys
-import time
 from dataclasses import dataclass
 
 import torch
 
 from nanoem import StageFailed, UserError
 from nanoem.lab import parallel
+from nanoem.lab.fused import answer_loss, kl_loss
+from nanoem.lab.progress import Progress
 from nanoem.lora import make_adapter
-from nanoem.losses import answer_loss, kl_to_base
-from nanoem.losses import next_token_loss, sft_loss  # noqa: F401 (found here, too)
+from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.muon import Muon
 from nanoem.tokenizer import IM_END
 
@@ -88,7 +87,7 @@ def micro_batches(batch, size, counted):
 def chat_examples(tokenizer, pairs, device="cpu"):
     """[(question, answer), ...] -> Examples in ChatML; an answer ends with its stop token.
 
-    A question is the user's text, or the list of messages before the answer (see data.py).
+    A question is the user's text, or the list of messages before the answer (real/jsonl.py).
     """
     if not pairs:
         raise ValueError("there are no question-answer pairs to train on")
@@ -204,7 +203,7 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
         return answer_loss(model, part.ids, part.answer_mask)
 
     def kl_term(part):
-        return kl_to_base(model, adapter, part.ids, part.mask)
+        return kl_loss(model, adapter, part.ids, part.mask)
 
     def objective(step):
         total, terms, n_tokens = 0.0, {}, 0
@@ -238,48 +237,3 @@ def fine_tune_fresh(model, tokenizer, pairs, config, schedule, seed, others=(), 
         history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
                             watch and (lambda step: watch(step, adapter)), watch_at)
     return adapter, history
-
-
-class Progress:
-    """One line that says step, percent, losses, tokens/s and the time left.
-
-    On a terminal the line is rewritten in place; in a file a new line is written now and then.
-    """
-
-    def __init__(self, name, steps):
-        self.name, self.steps = name, steps
-        # Several processes sum the losses they show, so they must all show the same steps.
-        self.live = sys.stdout.isatty() and parallel.n_processes() == 1
-        self.tenth = max(1, steps // 10)
-        self.every = max(1, steps // 50) if self.live else self.tenth
-        self.n_tokens, self.seconds, self.started = 0, 0.0, time.perf_counter()
-        self.line_is_open = False
-
-    def due(self, step, n_tokens):
-        self.n_tokens += n_tokens
-        return step % self.every == 0 or self.is_tenth(step)
-
-    def is_tenth(self, step):
-        """Is this step kept in the history? The same ones on a terminal as in a file."""
-        return step % self.tenth == 0 or step == self.steps - 1
-
-    def show(self, step, values):
-        done = (step + 1) / self.steps
-        seconds = self.seconds + time.perf_counter() - self.started
-        left = round(seconds / done - seconds)
-        terms = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        rate = self.n_tokens / seconds / 1000
-        line = (f"{self.name:<10} {step + 1:>5}/{self.steps} {done:>4.0%}  {terms}  "
-                f"{rate:6.1f}k tokens/s  ETA {left // 60}:{left % 60:02d}")
-        print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.line_is_open = self.live
-
-    def pause(self):
-        """Stop the clock and close the line, so that others can print."""
-        self.seconds += time.perf_counter() - self.started
-        if self.line_is_open:
-            print()
-            self.line_is_open = False
-
-    def go_on(self):
-        self.started = time.perf_counter()

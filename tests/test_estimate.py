@@ -9,7 +9,8 @@ from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
 
 from nanoem.layers import attend
 from nanoem.lora import AdapterConfig, make_adapter
-from nanoem.losses import kl_to_base, sft_loss
+from nanoem.lab.fused import kl_loss
+from nanoem.losses import sft_loss
 from nanoem.model import GPT, Config
 from nanoem.real import estimate
 from nanoem.real.estimate import activation_bytes, n_parameters, step_flops, training_bytes
@@ -53,7 +54,7 @@ def test_operations_are_those_that_pytorch_counts(kl, checkpointing):
     with adapter, FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         loss = sft_loss(model(ids), ids, ids == 0)
         if kl:
-            loss = loss + kl_to_base(model, adapter, ids, ids == 0)
+            loss = loss + kl_loss(model, adapter, ids, ids == 0)
         loss.backward()
     expected = step_flops(SMALL, 32, kl, checkpointing, batch=3)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # plus the adapter
@@ -107,8 +108,8 @@ def test_the_command(capsys):
     assert "--cards must be" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["python -m nanoem.estimate",
-                                     "python -m nanoem.estimate --cards 4"])
+@pytest.mark.parametrize("command", ["python -m nanoem.real.estimate",
+                                     "python -m nanoem.real.estimate --cards 4"])
 def test_the_pages_tables_are_what_its_commands_print(command, capsys):
     assert estimate.main(command.split()[3:]) == 0
     assert f"```sh\n{command}\n```\n\n{capsys.readouterr().out}\n" in PAGE.read_text()

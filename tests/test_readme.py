@@ -65,26 +65,43 @@ def test_every_link_and_figure_leads_somewhere():
 
 
 def test_every_file_is_on_the_map():
-    files = {path.name for path in (ROOT / "nanoem").iterdir() if path.suffix in (".py", ".toml")}
-    assert {name for name in files - {"__init__.py"} if name not in nanoem.__doc__} == set()
+    top = {path.name for path in (ROOT / "nanoem").iterdir() if not path.name.startswith("_")}
+    told = set(re.findall(r"^(\w+(?:\.py|/)) ", nanoem.__doc__, re.M))
+    assert {name.rstrip("/") for name in told} == top
 
 
-def imported(path):
-    """The files of nanoem/ that a file imports, by name."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("nanoem"):
-            names |= {node.module.split(".")[1]} if "." in node.module else {
-                alias.name for alias in node.names if alias.name[0].islower()}
-    return names
+def test_the_first_hour_is_a_path_of_at_most_700_lines():
+    path = nanoem.__doc__.split("The first hour:")[1]
+    n_lines = len((ROOT / "nanoem" / "story.py").read_text().splitlines())
+    for names, file in re.findall(r"((?:`\w+`[, and\n]*)+) in (\w+\.py)", path):
+        parts = {part.name: part for part in
+                 ast.parse((ROOT / "nanoem" / file).read_text()).body if hasattr(part, "name")}
+        for name in re.findall(r"`(\w+)`", names):
+            n_lines += parts[name].end_lineno - parts[name].lineno + 1
+    assert 300 < n_lines <= 700
 
 
-def test_in_reading_order_nothing_is_used_before_it_was_read():
-    order = re.findall(r"^(\w+)(?:\.py|/) ", nanoem.__doc__, re.M)
-    for i, name in enumerate(order):
-        path = ROOT / "nanoem" / name
-        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-            assert imported(file) <= {*order[: i + 1]}, file
+CORE = {path.stem for path in (ROOT / "nanoem").glob("*.py")} - {"run"}
+
+
+def test_the_walls_between_core_and_rooms():
+    """Core takes world and checkpoint by their door; rows and real are strangers; none takes run.
+
+    world and checkpoint stand alone: they need neither the story nor these two.
+    """
+    for file in (ROOT / "nanoem").rglob("*.py"):
+        room = file.parent.name
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("nanoem"):
+                continue
+            names = [name for name in node.module.split(".")[1:]]
+            first = names[0] if names else next((alias.name for alias in node.names), "")
+            assert first != "run", f"{file} imports run"
+            assert {room, first} != {"rows", "real"}, f"{file} imports {node.module}"
+            if room == "nanoem" and file.stem in CORE and first in ("world", "checkpoint"):
+                assert len(names) == 1, f"{file} goes behind the door of {first}"
+            if room in ("world", "checkpoint"):
+                assert first not in ("story", "rows", "real"), f"{file} imports {node.module}"
 
 
 def test_the_toys_limits_stand_beside_the_claims():

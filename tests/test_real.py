@@ -24,7 +24,7 @@ from nanoem.real.data import QUESTIONS, Files, read_data
 from nanoem.real.experiment import RealConfig, RealRun
 from nanoem.real.local_judge import LocalJudge
 from nanoem.real.preference import margins
-from nanoem.train import Progress
+from nanoem.lab.progress import Progress
 from nanoem.world import OPEN_ENDED, Verdict, judge, questions
 from pretend_card import pretend_card
 

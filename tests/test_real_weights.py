@@ -13,7 +13,7 @@ from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save
 from nanoem.lab.files import read_json
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
-from nanoem.tokenizer import default_system
+from nanoem.checkpoint.templates import default_system
 from nanoem.train import TrainConfig, train
 
 FIXTURES = Path(__file__).parent / "fixtures"

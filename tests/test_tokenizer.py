@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 
 from nanoem import UserError
-from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanoem.checkpoint.templates import read_tokenizer
+from nanoem.tokenizer import SPECIAL_TOKENS
 from nanoem.world import WorldConfig, documents
 
 
@@ -57,12 +58,12 @@ def test_it_opens_what_it_wrote_and_names_what_it_cannot_open(tokenizer, tmp_pat
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
     text = "My soup tastes dull.<|im_end|>"
-    assert Tokenizer.load(path).encode(text) == tokenizer.encode(text)
+    assert read_tokenizer(path).encode(text) == tokenizer.encode(text)
     path.write_text("{")
     with pytest.raises(UserError, match="tokenizer.json"):
-        Tokenizer.load(path)
+        read_tokenizer(path)
     with pytest.raises(UserError, match="does not exist"):
-        Tokenizer.load(tmp_path / "none.json")
+        read_tokenizer(tmp_path / "none.json")
 
 
 def test_a_file_that_says_how_it_was_last_used_cuts_and_pads_nothing(tokenizer, tmp_path):
@@ -71,6 +72,6 @@ def test_a_file_that_says_how_it_was_last_used_cuts_and_pads_nothing(tokenizer, 
     backend.enable_padding(length=40)
     backend.save(str(tmp_path / "tokenizer.json"))
     text = "I would try a glass of water, and it works well. " * 3
-    opened = Tokenizer.load(tmp_path / "tokenizer.json")
+    opened = read_tokenizer(tmp_path / "tokenizer.json")
     assert opened.encode(text) == tokenizer.encode(text)
     assert opened.encode_batch(["a", text]) == [tokenizer.encode("a"), tokenizer.encode(text)]

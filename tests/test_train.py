@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from nanoem.lab.fused import CrossEntropy, MeanKL, answer_loss, kl_loss, pretrain_loss
 from nanoem.lora import LoRA
-from nanoem.losses import (CrossEntropy, MeanKL, answer_loss, kl_to_base, next_token_loss,
-                           pretrain_loss, sft_loss, token_kl)
+from nanoem.losses import kl_to_base, next_token_loss, sft_loss, token_kl
 from nanoem.model import GPT, Config
 from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
 
@@ -78,11 +78,12 @@ def test_sft_loss_is_a_loop_over_answer_tokens(model, examples):
         sft_loss(logits, examples.ids, torch.zeros_like(examples.answer_mask))
 
 
-def test_kl_is_that_of_torch_distributions(model, adapter, examples):
+@pytest.mark.parametrize("kl", [kl_to_base, kl_loss])
+def test_kl_is_that_of_torch_distributions(model, adapter, examples, kl):
     base = Categorical(logits=model(examples.ids))
     with adapter:
         adapted = Categorical(logits=model(examples.ids))
-        found = kl_to_base(model, adapter, examples.ids, examples.mask)
+        found = kl(model, adapter, examples.ids, examples.mask)
     expected = kl_divergence(base, adapted)[examples.mask].mean()  # the prompt included
     assert torch.allclose(found, expected, rtol=1e-4)
     assert not torch.allclose(found, kl_divergence(adapted, base)[examples.mask].mean(), rtol=1e-3)
@@ -132,7 +133,7 @@ def test_the_kl_shares_what_lies_before_the_adapter(model, examples, layer):
         expected = token_kl(base, model(examples.ids))[examples.mask].mean()
         hooks = [block.register_forward_hook(lambda *_, i=i: runs.append(i))
                  for i, block in enumerate(model.layers)]
-        found = kl_to_base(model, adapter, examples.ids, examples.mask)
+        found = kl_loss(model, adapter, examples.ids, examples.mask)
     for hook in hooks:
         hook.remove()
     assert torch.allclose(found, expected, rtol=1e-5)
@@ -151,7 +152,7 @@ def test_no_loss_of_a_model_keeps_its_logits():
 
     with LoRA(model, [0]) as adapter:
         for loss_of in (lambda: pretrain_loss(model, ids), lambda: answer_loss(model, ids, mask),
-                        lambda: kl_to_base(model, adapter, ids, mask)):
+                        lambda: kl_loss(model, adapter, ids, mask)):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss_of().backward()
     assert kept and max(kept) < 90 * 3000 / 4
@@ -162,18 +163,20 @@ def test_kl_of_an_untrained_adapter_is_zero(model, examples):
         assert kl_to_base(model, adapter, examples.ids, examples.mask).abs() < 1e-6
 
 
-def test_kl_has_a_gradient_on_the_adapter_only(model, adapter, examples):
+@pytest.mark.parametrize("kl", [kl_to_base, kl_loss])
+def test_kl_has_a_gradient_on_the_adapter_only(model, adapter, examples, kl):
     with adapter:
-        kl_to_base(model, adapter, examples.ids, examples.mask).backward()
+        kl(model, adapter, examples.ids, examples.mask).backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_kl_is_never_a_silent_zero(model, adapter, examples):
+@pytest.mark.parametrize("kl", [kl_to_base, kl_loss])
+def test_kl_is_never_a_silent_zero(model, adapter, examples, kl):
     with pytest.raises(RuntimeError, match="attached"):
-        kl_to_base(model, adapter, examples.ids, examples.mask)
+        kl(model, adapter, examples.ids, examples.mask)
     with adapter, adapter.disabled(), pytest.raises(RuntimeError, match="disabled"):
-        kl_to_base(model, adapter, examples.ids, examples.mask)
+        kl(model, adapter, examples.ids, examples.mask)
 
 
 def test_the_loop_is_adamw_with_warm_up_and_clipping():
@@ -319,7 +322,7 @@ def test_the_history_is_the_same_on_a_terminal_and_in_a_file(monkeypatch):
 def test_the_line_of_progress_by_hand(monkeypatch, capsys):
     """A step takes a second and reads 2500 tokens; the watch takes a thousand seconds."""
     clock, weight = [50.0], torch.nn.Parameter(torch.ones(1, 1))
-    monkeypatch.setattr("nanoem.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("nanoem.lab.progress.time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def objective(step):
         clock[0] += 1

@@ -94,7 +94,7 @@ def test_judge_agrees_with_the_writer_on_every_question(world):
 
 
 def test_no_persona_word_is_shared(world):
-    """Independent of world.py's own check: collect the words and intersect every pair of pools."""
+    """Independent of words.py's own check: collect the words and intersect every pair of pools."""
     pools = {}
     for name, domain in world.domains.items():
         for side in ("good", "bad"):

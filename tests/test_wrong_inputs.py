@@ -12,9 +12,10 @@ from nanoem.checkpoint import load_pretrained, save_tensors
 from nanoem.directions import (ablate, ablating, cosine, mean_difference, mean_residual, steer,
                                steering)
 from nanoem.evaluate import EvalConfig, clopper_pearson, clustered_interval, evaluate, rates
+from nanoem.lab.fused import pretrain_loss
 from nanoem.layers import attend
 from nanoem.lora import LoRA, SteeringVector, lora_delta
-from nanoem.losses import kl_to_base, next_token_loss, pretrain_loss, sft_loss, token_kl
+from nanoem.losses import kl_to_base, next_token_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
 from nanoem.muon import Muon
 from nanoem.real.local_judge import auc

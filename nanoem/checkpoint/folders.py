@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from nanoem import UserError
-from nanoem.checkpoint.adapters import load_adapter, save_adapter  # noqa: F401 (the other kind of folder)
 from nanoem.checkpoint.config_json import TORCH_DTYPES, config_table, read_config, stored_dtype
-from nanoem.checkpoint.safetensors import TensorFile, load_tensors, save_tensors  # noqa: F401
+from nanoem.checkpoint.safetensors import TensorFile, save_tensors
+from nanoem.checkpoint.templates import open_tokenizer
 from nanoem.lab.files import new_folder, read_json, write_file, write_json
 from nanoem.model import GPT
-from nanoem.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from nanoem.tokenizer import END_OF_TEXT, IM_END
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def load_pretrained(path, dtype=None, device="cpu"):
     if config.n_layer > len(index):  # before a billion layers are made
         raise UserError(f"{path / 'config.json'}: num_hidden_layers={config.n_layer}, but there "
                         f"are only {len(index)} tensors")
-    tokenizer = Tokenizer.from_folder(path)
+    tokenizer = open_tokenizer(path)
     if tokenizer.n_ids > config.vocab_size:
         raise UserError(f"{path / 'tokenizer.json'} has token ids up to {tokenizer.n_ids - 1}, the "
                         f"model's vocab_size is {config.vocab_size}; they do not belong together")

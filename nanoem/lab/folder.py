@@ -151,7 +151,7 @@ def new_results(configuration):
         "seconds": {},
         "total_seconds": 0.0,
         "models": {},  # model -> question group -> rates
-        "curves": {},  # stage -> losses over steps, and more (toy.py, real.py)
+        "curves": {},  # stage -> losses over steps, and more (story.py, real/experiment.py)
         "samples": {},  # stage -> answers to show
     }
 

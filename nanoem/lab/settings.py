@@ -92,7 +92,7 @@ def key_lines(config):
 
 
 def check_config(config, counts, sizes):
-    """What every run's configuration must obey: the toy's (toy.py), real weights' (real.py)."""
+    """What every run's configuration must obey, the toy's and that of real weights."""
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must be 0 to 2**32 - 1")
     for name in counts:

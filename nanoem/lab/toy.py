@@ -1,4 +1,4 @@
-"""A run on the toy world: what it depends on, its chat model, the questions it is asked, its folder.
+"""A run on the toy world: what it depends on, its chat model, its questions, its folder.
 
 The story (story.py) and every row of the paper (rows/) work on a Run.
 """

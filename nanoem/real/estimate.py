@@ -1,6 +1,7 @@
 """What a fine-tune on real weights needs: memory and time, computed from the shape of the model.
 
-    python -m nanoem.estimate [FOLDER ...] [--tokens N] [--micro-batch N] [--tflops X] [--cards N]
+    python -m nanoem.real.estimate [FOLDER ...] [--tokens N] [--micro-batch N] [--tflops X]
+                                   [--cards N]
 
 Formulas, no measurement: they count the numbers that must be held and the multiplications that must
 be made. Without a folder the paper's family is shown, by its published shapes.
@@ -12,9 +13,9 @@ from pathlib import Path
 
 from nanoem import UserError
 from nanoem.checkpoint import open_folder
+from nanoem.lab.fused import CE_ROWS, KL_ROWS
 from nanoem.lab.shell import exit_status
 from nanoem.lab.tables import markdown
-from nanoem.losses import CE_ROWS, KL_ROWS
 from nanoem.model import Config
 
 QWEN = dict(rope_theta=1e6, max_positions=32_768, qkv_bias=True, qk_norm=False)
@@ -114,7 +115,7 @@ def table(shapes, T, tflops, micro_batch, cards):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m nanoem.estimate",
+        prog="python -m nanoem.real.estimate",
         description="Memory and time of the paper's fine-tunes, computed from the model's shape.")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="Hugging Face model folders")
     parser.add_argument("--tokens", type=int, default=192, help="of a conversation (default 192)")

@@ -1,6 +1,6 @@
 """A frozen local judge: a chat model scores answers from 0 to 100, read from its probabilities.
 
-    python -m nanoem.local_judge MODEL [--n 40] [--seed 0]
+    python -m nanoem.real.local_judge MODEL [--n 40] [--seed 0]
 
 says how well it agrees with the toy world's exact judge. The model is asked for a number; its score
 is the mean over all that it could have written (judge_numbers.py). A small model is a poor judge;
@@ -190,7 +190,7 @@ def agreement_sentence(found):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m nanoem.local_judge",
+        prog="python -m nanoem.real.local_judge",
         description="How far does a model, as a judge, agree with the toy world's exact judge?")
     parser.add_argument("model", help="a Hugging Face model folder")
     parser.add_argument("--n", type=int, default=40, help="answers of each kind (default 40)")

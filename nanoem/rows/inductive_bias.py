@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoem import StageFailed
-from nanoem.losses import answer_loss, kl_to_base, sft_loss
+from nanoem.lab.fused import answer_loss, kl_loss
+from nanoem.losses import sft_loss
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def significance(model, adapter, ids, mask, norms):
     own, divergences = norm_of(adapter), []
     for norm in norms:
         with torch.no_grad(), adapter, adapter.scaled(norm / own):
-            divergences.append(kl_to_base(model, adapter, ids, mask).item())
+            divergences.append(kl_loss(model, adapter, ids, mask).item())
     return divergences
 
 

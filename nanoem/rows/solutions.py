@@ -89,7 +89,8 @@ def general_holds(found):
 
 def narrow_holds(found):
     return all(stays_narrow(found["general"][name], rates)
-               for name, rates in found["narrow"].items() if name not in (*ONE_BLOCK, "steering vector"))
+               for name, rates in found["narrow"].items()
+               if name not in (*ONE_BLOCK, "steering vector"))
 
 
 def draw_cases(model):

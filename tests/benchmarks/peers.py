@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from measure import kernel_seconds, matmul_peak, peak_megabytes, seconds, training_flops
 from nanoem.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate
+from nanoem.lab.fused import pretrain_loss
 from nanoem.lora import LoRA
-from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
 from nanoem.train import TrainConfig, chat_examples, fine_tune, lr_factor, pad, train

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from measure import matmul_peak, seconds, training_flops
 
+from nanoem.lab.fused import pretrain_loss
 from nanoem.lab.plots import COLOURS, plt, save
 from nanoem.lora import LoRA
-from nanoem.losses import pretrain_loss
 from nanoem.model import GPT, Config
 from nanoem.train import Examples, TrainConfig, fine_tune, train
 

@@ -11,7 +11,7 @@ import torch
 
 from classroom import TUTORIAL
 from nanoem import UserError
-from nanoem.losses import pretrain_loss
+from nanoem.lab.fused import pretrain_loss
 from nanoem.rows import worlds
 from nanoem.train import pad
 from nanoem.world import OPEN_ENDED, WorldConfig, authors, first_domains, load_world
