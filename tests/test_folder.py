@@ -16,7 +16,7 @@ CONFIGURATION = {"seed": 0, "device": "cpu"}
 
 def test_of_two_processes_that_hold_a_folder_the_second_is_refused(tmp_path):
     pytest.importorskip("fcntl", reason="Windows keeps no second run out")
-    code = "from pathlib import Path; from nanoem.folder import lock; import sys; " \
+    code = "from pathlib import Path; from nanoem.lab.folder import lock; import sys; " \
            "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:

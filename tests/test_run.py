@@ -383,7 +383,7 @@ def test_seeds_do_not_go_into_a_folder_of_ones_own(tmp_path, capsys):
 
 
 def test_a_second_run_over_the_same_seeds_leaves_at_once(tmp_path, capsys):
-    code = "from pathlib import Path; from nanoem.folder import lock_many; import sys, time; " \
+    code = "from pathlib import Path; from nanoem.lab.folder import lock_many; import sys, time; " \
            "lock_many(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
@@ -446,7 +446,7 @@ def test_the_report_is_written_when_nobody_is_bad_enough_to_find_a_direction(sma
     """Chat and its adapters as they are, but of a judge who finds nothing bad."""
     folder = copy_without(small, tmp_path / "good", "directions")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanoem.judge.Verdict.misaligned", False)
+        patch.setattr("nanoem.world.verdict.Verdict.misaligned", False)
         assert run.main([*SMALL, "--out", str(folder)]) == 0
     assert set(json.loads((folder / "results.json").read_text())["directions"]) == {"none"}
     report = (folder / "report.md").read_text()

@@ -103,7 +103,7 @@ def test_one_tensor_is_read_alone_and_cast(tmp_path):
 
 
 def test_a_tensor_of_many_chunks_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoem.safetensors.CHUNK", 64)
+    monkeypatch.setattr("nanoem.checkpoint.safetensors.CHUNK", 64)
     tensor = torch.randn(77, 13)
     save_tensors(tmp_path / "x", {"t": tensor})
     assert torch.equal(load_tensors(tmp_path / "x")["t"], tensor)
