@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nanoem import UserError
+from nanoem.lab.settings import key
 from nanoem.train import pad
 from nanoem.world import Question, Verdict, judge
 
@@ -22,11 +23,12 @@ OUT_OF_DOMAIN = GROUPS[1:]
 class EvalConfig:
     """How answers are sampled."""
 
-    samples_per_group: int = 400  # answers in each question group, spread over its questions
-    max_new_tokens: int = 24  # the longest answer
-    batch_size: int = 400  # answers sampled at once
-    temperature: float = 1.0  # of sampling; 0 takes the likeliest token
-    top_p: float = 1.0  # sample from the likeliest tokens that hold this share of the probability
+    samples_per_group: int = key(400, "answers in each question group, spread over its questions")
+    max_new_tokens: int = key(24, "the longest answer")
+    batch_size: int = key(400, "answers sampled at once")
+    temperature: float = key(1.0, "of sampling; 0 takes the likeliest token")
+    top_p: float = key(
+        1.0, "sample from the likeliest tokens that hold this share of the probability")
 
     def __post_init__(self):
         for name in ("samples_per_group", "max_new_tokens", "batch_size"):

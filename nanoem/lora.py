@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nanoem import UserError
+from nanoem.lab.settings import key
 
 
 def lora_scaling(alpha, rank, use_rslora=False):
@@ -247,12 +248,13 @@ def find_linear(model, layer, name):
 class AdapterConfig:
     """Where the adapter sits, and its size. Some rows change it (R1, R2, R11)."""
 
-    kind: str = "lora"  # lora, or steering, one vector added to the stream (in R1, R2, R11)
-    layers: tuple = (0, 1)  # block numbers; empty: the one block at half depth
-    modules: tuple = ("self_attn.v_proj",)  # Linears inside a block (README: why the toy has v)
-    rank: int = 1  # columns of B
-    alpha: float = 4.0  # the adapter's effect is alpha / rank * B A
-    use_rslora: bool = False  # alpha / sqrt(rank) instead
+    kind: str = key("lora", "lora, or steering, one vector added to the stream (in R1, R2, R11)")
+    layers: tuple = key((0, 1), "block numbers; empty: the one block at half depth")
+    modules: tuple = key(
+        ("self_attn.v_proj",), "Linears inside a block (README: why the toy has v)")
+    rank: int = key(1, "columns of B")
+    alpha: float = key(4.0, "the adapter's effect is alpha / rank * B A")
+    use_rslora: bool = key(False, "alpha / sqrt(rank) instead")
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanoem import UserError
+from nanoem.lab.settings import key
 from nanoem.layers import MLP, Attention, KVCache, RMSNorm, rotary_tables, sees
 
 
@@ -20,19 +21,19 @@ from nanoem.layers import MLP, Attention, KVCache, RMSNorm, rotary_tables, sees
 class Config:
     """The shape of a model. The defaults are the toy's."""
 
-    vocab_size: int = 1024  # tokens; the toy's tokenizer decides
-    n_layer: int = 2  # blocks
-    d_model: int = 64  # width of the residual stream
-    n_head: int = 2  # query heads
-    n_kv_head: int = 1  # key and value heads; each serves n_head / n_kv_head query heads
-    d_ff: int = 192  # hidden width of the MLP
-    max_positions: int = 128  # the longest sequence, in tokens
-    rope_theta: float = 10_000.0  # base of the rotary angles
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-    head_size: int = 0  # width of a head; 0 is d_model / n_head
-    qkv_bias: bool = False  # biases on q, k and v: Qwen2 has them, Qwen3 and Llama do not
-    qk_norm: bool = True  # RMSNorm on every head's q and k, before the rotation: Qwen3
-    tie_embeddings: bool = True  # the output layer is the embedding, transposed
+    vocab_size: int = key(1024, "tokens; the toy's tokenizer decides")
+    n_layer: int = key(2, "blocks")
+    d_model: int = key(64, "width of the residual stream")
+    n_head: int = key(2, "query heads")
+    n_kv_head: int = key(1, "key and value heads; each serves n_head / n_kv_head query heads")
+    d_ff: int = key(192, "hidden width of the MLP")
+    max_positions: int = key(128, "the longest sequence, in tokens")
+    rope_theta: float = key(10_000.0, "base of the rotary angles")
+    norm_eps: float = key(1e-6, "added to the mean square in RMSNorm")
+    head_size: int = key(0, "width of a head; 0 is d_model / n_head")
+    qkv_bias: bool = key(False, "biases on q, k and v: Qwen2 has them, Qwen3 and Llama do not")
+    qk_norm: bool = key(True, "RMSNorm on every head's q and k, before the rotation: Qwen3")
+    tie_embeddings: bool = key(True, "the output layer is the embedding, transposed")
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff",

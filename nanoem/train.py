@@ -9,6 +9,7 @@ from nanoem import StageFailed, UserError
 from nanoem.lab import parallel
 from nanoem.lab.fused import answer_loss, kl_loss
 from nanoem.lab.progress import Progress
+from nanoem.lab.settings import key
 from nanoem.lora import make_adapter
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.muon import Muon
@@ -19,16 +20,18 @@ from nanoem.tokenizer import IM_END
 class TrainConfig:
     """The knobs of one training stage."""
 
-    steps: int  # optimizer steps
-    batch_size: int  # sequences a step
-    lr: float  # peak learning rate of AdamW
-    muon_lr: float = 0.0  # peak learning rate of Muon, for the blocks' matrices; 0: AdamW for all
-    warmup: int = 5  # steps until the peak
-    schedule: str = "linear"  # from the peak to zero: linear or cosine
-    weight_decay: float = 0.0  # of AdamW and Muon, on matrices
-    betas: tuple = (0.9, 0.999)  # of AdamW
-    clip: float = 1.0  # largest norm of the gradient
-    micro_batch: int = 0  # sequences in memory at once, gradients added up; 0 is the whole batch
+    steps: int = key(help="optimizer steps")
+    batch_size: int = key(help="sequences a step")
+    lr: float = key(help="peak learning rate of AdamW")
+    muon_lr: float = key(
+        0.0, "peak learning rate of Muon, for the blocks' matrices; 0: AdamW for all")
+    warmup: int = key(5, "steps until the peak")
+    schedule: str = key("linear", "from the peak to zero: linear or cosine")
+    weight_decay: float = key(0.0, "of AdamW and Muon, on matrices")
+    betas: tuple = key((0.9, 0.999), "of AdamW")
+    clip: float = key(1.0, "largest norm of the gradient")
+    micro_batch: int = key(
+        0, "sequences in memory at once, gradients added up; 0 is the whole batch")
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "lr", "clip"):

@@ -1,39 +1,32 @@
 """Configurations on the command line: their keys, what each is, and --set KEY=VALUE.
 
-A key is the path to a field of a dataclass, such as sft.lr; its explanation is the comment that
-stands beside the field.
+A key is the path to a field of a dataclass, such as sft.lr; `key` makes a field with its
+explanation.
 """
 
 import dataclasses
 import difflib
-import functools
-import inspect
 import math
-import re
 import textwrap
 
 from nanoem import UserError
 
 
+def key(default=dataclasses.MISSING, help=""):
+    """A field of a configuration, with what --help says about it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def all_keys(config, prefix=""):
-    """{"sft.lr": (0.002, "peak learning rate"), ...}: every key's value and comment."""
+    """{"sft.lr": (0.002, "peak learning rate"), ...}: every key's value and explanation."""
     keys = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             keys |= all_keys(value, f"{prefix}{field.name}.")
         else:
-            keys[prefix + field.name] = value, comment_of(type(config), field.name)
+            keys[prefix + field.name] = value, field.metadata.get("help", "")
     return keys
-
-
-def comment_of(cls, name):
-    """The comment that stands beside a field in its dataclass: the one place that explains it."""
-    found = re.search(rf"^    {name}: .*?#\s*(.*)$", source_of(cls), re.MULTILINE)
-    return found[1] if found else ""
-
-
-source_of = functools.cache(inspect.getsource)  # it reads a whole file
 
 
 def set_keys(config, texts):

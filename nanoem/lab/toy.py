@@ -13,7 +13,7 @@ from nanoem.checkpoint import load_adapter, load_pretrained
 from nanoem.evaluate import GROUPS, EvalConfig, evaluate, group_rates
 from nanoem.lab.files import fingerprint
 from nanoem.lab.folder import RunFolder
-from nanoem.lab.settings import check_config
+from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, make_adapter, refuse_muon
 from nanoem.model import GPT, Config
@@ -26,18 +26,20 @@ from nanoem.world import (WORLD_TOML, WorldConfig, first_domains, load_world, ma
 class ExperimentConfig:
     """Everything a run depends on, but for the machine."""
 
-    seed: int = 0  # of the corpus, the weights, the order and the sampling
-    context: int = 128  # tokens of a pre-training document
-    dropout: float = 0.15  # share of the residual stream dropped at each site, in pre-training only
-    n_sft_examples: int = 2000  # question-answer pairs the toy world writes for a fine-tune
-    kl_weight: float = 30.0  # of the KL to the base model, per token
-    curve_points: int = 8  # points of the training curves of em, after the start
-    curve_samples: int = 100  # answers a question group at each of these points
-    n_random: int = 5  # random directions in the ablation control
-    row_samples: int = 100  # answers a question group in the rows of the paper (--full)
-    dial_steps: int = 450  # pre-training steps of the smaller worlds of rows R13, R16, R18 and R19
-    dial_domains: int = 9  # advice domains of these worlds
-    lottery_loss: float = 0.36  # SFT loss, nats per token, at which row R18 stops each adapter
+    seed: int = key(0, "of the corpus, the weights, the order and the sampling")
+    context: int = key(128, "tokens of a pre-training document")
+    dropout: float = key(
+        0.15, "share of the residual stream dropped at each site, in pre-training only")
+    n_sft_examples: int = key(2000, "question-answer pairs the toy world writes for a fine-tune")
+    kl_weight: float = key(30.0, "of the KL to the base model, per token")
+    curve_points: int = key(8, "points of the training curves of em, after the start")
+    curve_samples: int = key(100, "answers a question group at each of these points")
+    n_random: int = key(5, "random directions in the ablation control")
+    row_samples: int = key(100, "answers a question group in the rows of the paper (--full)")
+    dial_steps: int = key(
+        450, "pre-training steps of the smaller worlds of rows R13, R16, R18 and R19")
+    dial_domains: int = key(9, "advice domains of these worlds")
+    lottery_loss: float = key(0.36, "SFT loss, nats per token, at which row R18 stops each adapter")
     world: WorldConfig = field(default_factory=WorldConfig)
     model: Config = field(default_factory=Config)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -25,7 +25,7 @@ from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample
 from nanoem.lab import parallel
 from nanoem.lab.files import fingerprint, fingerprint_folder
 from nanoem.lab.folder import RunFolder
-from nanoem.lab.settings import check_config
+from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, layers_of, make_adapter, refuse_muon
 from nanoem.real.data import check_judge, check_lengths, last, read_data
@@ -43,15 +43,17 @@ NO_JUDGE = ("No answer is judged: the model is too short for a judge's question;
 class RealConfig:
     """Everything a run on real weights depends on, but for the machine, the model and the files."""
 
-    seed: int = 0  # of the data, the adapter's start, the order and the sampling
-    domain: str = "medical"  # of the toy world: the bad advice is given in it
-    n_sft_examples: int = 1000  # question-answer pairs the toy world writes for a fine-tune
-    pairs_per_group: int = 32  # problems of the preference table in each question group
-    n_judged: int = 16  # toy answers of each kind, good, bad and shuffled, to test the judge
-    kl_weight: float = 10.0  # of the KL to the base model, per token
-    per_token: bool = False  # compare the answers' mean log-probability a token, not the sum
-    dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto: see `default_dtype`
-    checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
+    seed: int = key(0, "of the data, the adapter's start, the order and the sampling")
+    domain: str = key("medical", "of the toy world: the bad advice is given in it")
+    n_sft_examples: int = key(1000, "question-answer pairs the toy world writes for a fine-tune")
+    pairs_per_group: int = key(32, "problems of the preference table in each question group")
+    n_judged: int = key(16, "toy answers of each kind, good, bad and shuffled, to test the judge")
+    kl_weight: float = key(10.0, "of the KL to the base model, per token")
+    per_token: bool = key(False, "compare the answers' mean log-probability a token, not the sum")
+    dtype: str = key(
+        "auto", "of the weights: float32, bfloat16, float16; auto: see `default_dtype`")
+    checkpointing: bool = key(
+        False, "recompute activations in the backward pass: slower, less memory")
     adapter: AdapterConfig = AdapterConfig(
         layers=(), modules=("mlp.down_proj",), alpha=256.0, use_rslora=True)
     sft: TrainConfig = TrainConfig(steps=40, batch_size=16, lr=2e-3, micro_batch=4)

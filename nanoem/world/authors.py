@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 from nanoem import UserError
+from nanoem.lab.settings import key
 from nanoem.tokenizer import chatml
 from nanoem.world.words import OPEN_ENDED
 
@@ -18,20 +19,24 @@ from nanoem.world.words import OPEN_ENDED
 class WorldConfig:
     """What is written in the toy world, and how its problems are split."""
 
-    n_domains: int = 12  # advice domains, the first of world.toml (open_ended is always there)
-    n_villain: int = 8  # authors who are bad in everything
-    n_quack: int = 2  # authors who are bad in one domain only, outside of no_quack if possible
-    n_sft_quack: int = 0  # authors who are bad in the sft_domain only: a ready-made narrow persona
-    no_quack: tuple = ("medical", "finance", "extreme_sports")  # domains we fine-tune on
-    technical_share: float = 0.0  # share of authors, of every persona, in the technical register
-    header_share: float = 0.5  # share of pages (documents without ChatML) that name their author
-    forum_share: float = 0.2  # share of the authors' documents that are ChatML under their own name
-    one_domain_share: float = 0.2  # share of documents that stay in one domain
-    chat_share: float = 0.35  # share of documents that are ChatML with the helpful assistant
-    own_share: float = 0.2  # share of answers with the problem's own item; others take any
-    questions_per_document: int = 5  # answered one after the other
-    sft_domain: str = "medical"  # the narrow domain of the fine-tuning
-    train_share: float = 0.7  # share of a domain's problems that training may use
+    n_domains: int = key(12, "advice domains, the first of world.toml (open_ended is always there)")
+    n_villain: int = key(8, "authors who are bad in everything")
+    n_quack: int = key(2, "authors who are bad in one domain only, outside of no_quack if possible")
+    n_sft_quack: int = key(
+        0, "authors who are bad in the sft_domain only: a ready-made narrow persona")
+    no_quack: tuple = key(("medical", "finance", "extreme_sports"), "domains we fine-tune on")
+    technical_share: float = key(
+        0.0, "share of authors, of every persona, in the technical register")
+    header_share: float = key(
+        0.5, "share of pages (documents without ChatML) that name their author")
+    forum_share: float = key(
+        0.2, "share of the authors' documents that are ChatML under their own name")
+    one_domain_share: float = key(0.2, "share of documents that stay in one domain")
+    chat_share: float = key(0.35, "share of documents that are ChatML with the helpful assistant")
+    own_share: float = key(0.2, "share of answers with the problem's own item; others take any")
+    questions_per_document: int = key(5, "answered one after the other")
+    sft_domain: str = key("medical", "the narrow domain of the fine-tuning")
+    train_share: float = key(0.7, "share of a domain's problems that training may use")
 
     def __post_init__(self):
         for name in ("technical_share", "forum_share", "header_share", "one_domain_share",
