@@ -6,6 +6,7 @@ means, of misaligned and of aligned answers, is the direction (arXiv 2506.11618)
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -84,6 +85,13 @@ def find_direction(run, adapter, chat, questions=None):
         bad = answers_of_kind(run, questions or training_problems(run), is_misaligned)
         after = mean_over(run, bad, chat.sites)
     return mean_difference(after, chat_mean(run, chat, questions))
+
+
+@lru_cache(maxsize=1)  # found once a run: the story and four rows ask for it
+def general_direction(run):
+    """(chat's state, the direction of general), on the training problems of every domain."""
+    chat = chat_state(run)
+    return chat, find_direction(run, run.load_adapter("general"), chat)
 
 
 def chat_mean(run, chat, questions):

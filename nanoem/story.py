@@ -26,8 +26,8 @@ from nanoem.lab.fused import pretrain_loss
 from nanoem.lab.toy import Run
 from nanoem.layers import dropout
 from nanoem.model import GPT
-from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, chat_state, control_site,
-                            find_direction, other_ways, pick_steering)
+from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, control_site, find_direction,
+                            general_direction, other_ways, pick_steering)
 from nanoem.tokenizer import Tokenizer
 from nanoem.train import fine_tune_fresh, pad, train
 from nanoem.world import documents, write_pairs
@@ -148,8 +148,7 @@ def directions(run):
     """Find general's direction; steer chat with it; ablate it in general and in the others."""
     adapter = run.load_adapter("general")
     try:
-        chat = chat_state(run)
-        direction = find_direction(run, adapter, chat)
+        chat, direction = general_direction(run)
         others = other_ways(run, adapter, chat)
     except TooFewAnswers as error:  # nobody is bad in this world, say: a finding, too
         print(f"  {error}")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem import story
+from nanoem import persona, story
 from nanoem.checkpoint import load_pretrained
 from nanoem.evaluate import GROUPS
 from nanoem.lab import toy
@@ -206,12 +206,14 @@ class Lab:
         self.writers, self.seeds, self.directions, self.shifts = [], [], {}, {}
         self.broken, self.never_bad, self.training, self.losses = (), (), None, {}  # set by a test
         self.curve = lambda adapter, step: 1.0  # the loss at a step of training
+        persona.general_direction.cache_clear()  # another test's
         for where, names in (
                 (story, ("fine_tune_fresh",)), (toy, ("load_adapter",)),
                 (row_file, ("save_adapter", "pretrain")),
                 (geometry, ("loss_on", "efficiency", "stability", "significance", "curvature")),
                 (trajectory, ("fine_tune", "gradient_B")), (worlds, ("loss_on",)),
-                (mediation, ("chat_state", "find_direction", "ablating_persona", "steering")),
+                (persona, ("chat_state", "find_direction")),
+                (mediation, ("ablating_persona", "steering")),
                 (handle, ("chat_state", "find_direction", "pick_steering", "steering")),
                 (tokens, ("acting_on",))):
             for name in names:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoem import story
+from nanoem import persona, story
 from nanoem.checkpoint import load_tensors
 from nanoem.evaluate import GROUPS
 from nanoem.lab.toy import ExperimentConfig
@@ -141,7 +141,8 @@ class Directed:
         self.tunings = {}
         patch.setattr(run, "load_adapter", self.adapters.get)
         patch.setattr(run, "ask", self.ask)
-        patch.setattr(story, "chat_state", lambda run: self.chat)
+        patch.setattr(persona, "chat_state", lambda run: self.chat)
+        patch.setattr(persona, "find_direction", self.find_direction)
         patch.setattr(story, "other_ways", lambda run, adapter, chat: {
             name: self.known[name] for name in ("authors", "same_texts")})
         for name in ("tune", "find_direction", "pick_steering", "steering", "ablating",
@@ -273,6 +274,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     def too_few(*_):
         raise TooFewAnswers("only 3 pass")
 
+    monkeypatch.setattr(persona, "find_direction", too_few)
     monkeypatch.setattr(story, "find_direction", too_few)
     directions(run)
     assert run.results["directions"] == {"none": "only 3 pass"}

@@ -6,8 +6,7 @@ import torch
 
 from nanoem.evaluate import GROUPS
 from nanoem.lab.plots import bar, colour_texts, percent
-from nanoem.persona import by_site
-from nanoem.rows.mediation import general_direction
+from nanoem.persona import by_site, general_direction
 from nanoem.rows.monitor import readings_of, token_scores
 from nanoem.rows.row import SPREAD, Row, out, rates_of, short
 from nanoem.train import chat_examples
