@@ -7,17 +7,12 @@ import torch
 
 from nanoem.directions import random_direction, steering
 from nanoem.lab.plots import grouped_bars, leave_room_for_legend, lines, percent
-from nanoem.persona import ablating_persona, by_site, chat_state, control_site, find_direction
+from nanoem.persona import ablating_persona, by_site, control_site, general_direction
 from nanoem.rows.row import SPREAD, Row, draw_models, inside, out, rates_of, short
 from nanoem.rows.solutions import cases, solve
 from nanoem.story import advice, bad_advice, tune
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-
-
-def general_direction(run):
-    chat = chat_state(run)
-    return chat, find_direction(run, run.load_adapter("general"), chat)
 
 
 def random_like(run, direction):
