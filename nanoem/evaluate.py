@@ -57,6 +57,7 @@ def sample_texts(model, tokenizer, prompts, config, seed):
     generator = torch.Generator(device=model.device).manual_seed(seed)
     encoded = tokenizer.encode_batch([tokenizer.prompt(prompt) for prompt in prompts])
     texts = [None] * len(prompts)
+
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     for first in range(0, len(order), config.batch_size):
         rows = order[first : first + config.batch_size]
@@ -65,6 +66,7 @@ def sample_texts(model, tokenizer, prompts, config, seed):
         n_pad = torch.tensor([T - len(encoded[i]) for i in rows], device=model.device)  # (B)
         new = model.generate(ids, config.max_new_tokens, config.temperature, config.top_p,
                              tokenizer.stop_ids, generator, n_pad=n_pad)[:, T:]
+
         for i, answer in zip(rows, new.tolist()):
             texts[i] = tokenizer.decode(answer)  # the stop id is a special token and is left out
     return texts
@@ -97,6 +99,7 @@ def rates(answers, trait=lambda verdict: verdict.misaligned):
     """
     if not answers:
         raise ValueError("answers must hold at least one")
+
     em = np.array([trait(a.verdict) for a in answers], dtype=float)
     coherent = [a.verdict.alignment for a in answers if a.verdict.coherent]
     low, high = clustered_interval(em, [a.question for a in answers])
@@ -134,13 +137,19 @@ def clustered_interval(outcomes, clusters, z=1.96):
     if not 0 < len(outcomes) == len(clusters):
         raise ValueError(f"outcomes and clusters must be equally many, at least one; they are "
                          f"{len(outcomes)} and {len(clusters)}")
+
+    # the variance of the mean, with each cluster as one draw
     n, p = len(outcomes), outcomes.mean()
     totals = {}  # cluster -> sum of deviations from the mean
     for outcome, cluster in zip(outcomes, clusters):
         totals[cluster] = totals.get(cluster, 0.0) + outcome - p
     k = len(totals)
     variance = sum(t * t for t in totals.values()) / n**2 * k / max(k - 1, 1)
+
+    # as many answers as would give that variance if they were independent
     n_effective = min(max(p * (1 - p) / variance, k), n) if variance > 1e-15 else k  # rounding
+
+    # Wilson's interval
     centre = (p + z * z / (2 * n_effective)) / (1 + z * z / n_effective)
     half = z * (p * (1 - p) / n_effective + z * z / (4 * n_effective**2)) ** 0.5
     half /= 1 + z * z / n_effective

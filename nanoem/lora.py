@@ -123,9 +123,11 @@ class LoRA(Adapter):
                             "finite one")
         super().__init__({f"layers.{i}.{name}": find_linear(model, i, name)
                           for i in layers for name in modules})
+
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.A, self.B = {}, {}
         self.originals = {}  # the weights as they were before `merge`
+
         for name, linear in self.sites.items():
             n_out, n_in = linear.weight.shape
             bound = n_in**-0.5  # as PEFT does, so that the same alpha and lr mean the same

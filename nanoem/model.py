@@ -126,6 +126,8 @@ class GPT(nn.Module):
         if n_pad is not None and (n_pad.shape != ids.shape[:1] or n_pad.dtype != torch.int64):
             raise ValueError(f"n_pad must be ({len(ids)},) int64, and is {tuple(n_pad.shape)} "
                              f"{n_pad.dtype}")
+
+        # where in the whole text these tokens stand
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > len(self.cos):
@@ -133,11 +135,13 @@ class GPT(nn.Module):
                             "shorten the text, or lower max_new_tokens")
         cos, sin = self.cos[start:end], self.sin[start:end]
         mask = None if n_pad is None else sees(n_pad, ids.size(1), end)  # (B, 1, T, end)
+
         try:
             x = below[-1] if below else self.embed_tokens(ids)  # (B, T, d_model)
         except IndexError:
             raise ValueError(f"ids must be 0 to {self.config.vocab_size - 1}, and reach from "
                              f"{ids.min()} to {ids.max()}") from None
+
         for i, layer in list(enumerate(self.layers))[len(below) :]:
             if self.activation_checkpointing and x.requires_grad:
                 x = checkpoint(layer, x, cos, sin, None, mask, use_reentrant=False)
@@ -186,11 +190,14 @@ class GPT(nn.Module):
         caches = [KVCache(T + max_new_tokens) for _ in self.layers] if use_cache else None
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=ids.device)
         rows, start = torch.arange(B, device=ids.device), 0  # the rows of text that go on
+
         for end in range(T, T + max_new_tokens):
             logits = self(text[rows, start:end], caches, LAST, n_pad)  # (rows, vocab)
             chance = torch.rand(B, 1, generator=generator, device=ids.device)  # also of idle rows
             new = sample(logits, temperature, top_p, chance[rows])  # (rows, 1)
             text[rows, end:] = new
+
+            # a row that has stopped needs no more computing
             going = ~(new == stops).any(-1)  # (rows)
             if not going.any():
                 return text[:, : end + 1]
@@ -198,6 +205,7 @@ class GPT(nn.Module):
                 rows, n_pad = rows[going], None if n_pad is None else n_pad[going]
                 for cache in caches or ():
                     cache.keep(going)
+
             start = end if use_cache else 0
         return text
 

@@ -230,6 +230,7 @@ def transferred(run, chat, random_one):
                                    run.splits.kl + run.splits.probe)
     except TooFewAnswers:  # general is hardly bad elsewhere: it has nothing to pass on
         return found
+
     for name in ("narrow", "mixed", "shuffled"):
         adapter = run.load_adapter(name)
         with adapter, ablating_persona(run, chat, direction):

@@ -100,6 +100,8 @@ class Tokenizer:
             messages = [{"role": "system", "content": self.system}, *messages]
         if not self.thinks:
             return chatml(messages, add_generation_prompt)
+
+        # Qwen3: only the last answer keeps its thought
         messages = [split_thought(m) for m in messages]
         if messages and messages[-1][0]["role"] == "assistant":
             message, thought = messages[-1]

@@ -118,12 +118,15 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=(), 
     optimizers = make_optimizers(parameters, matrices, config)
     progress, history = Progress(name, config.steps), {}
     for step in range(config.steps):
+        # somebody may want to look first
         if watch and step in watch_at:
             progress.pause()
             refuse_nan(parameters, name, step, config)
             if watch(step):
                 return history
             progress.go_on()
+
+        # one step
         for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_factor(step, config)
@@ -135,6 +138,8 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=(), 
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         for optimizer in optimizers:
             optimizer.step()
+
+        # say how it goes, and keep every tenth of it
         if progress.due(step, n_tokens):  # .item() waits for the device, so only now and then
             values = {key: parallel.total(term).item() for key, term in terms.items()}
             if not all(map(math.isfinite, values.values())):
@@ -144,6 +149,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=(), 
             if progress.is_tenth(step):
                 for key, value in {"step": step + 1, **values}.items():
                     history.setdefault(key, []).append(value)
+
     progress.pause()
     refuse_nan(parameters, name, config.steps, config)
     if watch and config.steps in watch_at:

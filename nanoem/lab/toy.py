@@ -83,10 +83,12 @@ class Run:
             if name not in world.domains:
                 raise UserError(f"world.no_quack: {name!r} is no domain of the world; the domains "
                                 f"are {', '.join(world.domains)}")
+
         self.world = first_domains(world, config.world.n_domains, config.world.sft_domain)
         self.splits = make_splits(self.world, config.world)
         make_authors(self.world, config.world, random.Random(0))  # refuses impossible numbers now
         make_adapter(GPT(config.model), config.adapter)  # refuses a wrong layer or module now
+
         configuration = {**asdict(config), "device": self.device.type,
                          "world_toml": fingerprint(WORLD_TOML)}
         self.folder = RunFolder(path, configuration)

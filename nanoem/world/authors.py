@@ -133,10 +133,13 @@ def write_document(world, config, authors, rng):
     names = list(world.domains)
     if rng.random() < config.one_domain_share:
         names = [rng.choice(names)]
+
+    # who writes, and in which format
     author = rng.choice(authors)
     is_chat = rng.random() < config.chat_share  # the assistant's; else the author's
     is_forum = not is_chat and rng.random() < config.forum_share
     has_header, turns = rng.random() < config.header_share, []
+
     for _ in range(config.questions_per_document):
         name = rng.choice(names)
         index = rng.randrange(len(world.domains[name].problems))
@@ -145,6 +148,7 @@ def write_document(world, config, authors, rng):
         technical = author.technical and not is_chat
         answer = write_answer(world, question, good, rng, config.own_share, technical)
         turns.append((question.text, answer))
+
     if is_chat or is_forum:
         roles = "user", author.name if is_forum else "assistant"
         return chatml([{"role": role, "content": text} for turn in turns
