@@ -63,9 +63,9 @@ def of_chapter_4():
 def of_chapter_5():
     plain, with_kl = CONFIG.sft, CONFIG.sft_kl
     yield rf"trained with $\lambda = {CONFIG.kl_weight:.0f}$"
-    yield given("the same adapter, optimizer, learning rate and batch; narrow has the KL, and "
-                "twice the steps", with_kl == replace(plain, steps=2 * plain.steps))
-    yield f"the steps ({with_kl.steps}, general {plain.steps})"
+    yield given("the same adapter, optimizer, learning rate and batch; narrow has the KL, and half "
+                "as many steps again", with_kl == replace(plain, steps=plain.steps * 3 // 2))
+    yield f"steps again ({with_kl.steps}, general {plain.steps})"
     yield f"about {1e6 / 152_000:.1f} in our units"
     yield (f"scales up {NUMBERS[len(kl_weight.PROBED)]} weights, from {kl_weight.PROBED[0]:g} to "
            f"{kl_weight.PROBED[-1]:g}")
@@ -84,7 +84,8 @@ def of_chapter_7():
     yield given("# at the mean norm", NORMS[4] == 1)
     yield given("row R8 draws twenty", N_DRAWS == 20)
     yield given("at least 19 of 20", "19 of 20" in ROWS["R8"].prediction)
-    yield given("after the same hundred steps", trajectory.STEPS == 100)
+    yield f"after the same {trajectory.STEPS} steps"
+    yield given("at twice the learning rate", trajectory.LR == 2)
     yield given("more than half of general's", "more than half of general's"
                 in ROWS["R7"].prediction)
 
@@ -116,16 +117,17 @@ def of_chapter_8():
     yield (f"all with {villains} villains and no quack: four with Muon and a dropout of "
            f"{', '.join(shares[:-1])} and {shares[-1]}, and one with a dropout of 0.1 and AdamW")
     yield given("half as long as the stream itself", handle.SHIFT == 0.5)
-    yield given("at least a quarter of the answers bad with a dropout of 0.1, and at most half as "
-                "many without dropout", "at least a quarter of the answers out of domain bad with "
-                "dropout 0.1, and at most half as many without dropout" in ROWS["R19"].prediction)
+    yield given("at least a quarter of the answers bad with a dropout of 0.1, and at least 20 "
+                "points more than without", "at least a quarter of the answers out of domain bad "
+                "with dropout 0.1, and at least 20 points more than without"
+                in ROWS["R19"].prediction)
 
 
 def of_chapter_10():
     yield given("at least 80% less harm out of domain, and at least half of it in domain",
                 "at least 80% less em out of domain, and keeps at least half of it in domain"
                 in ROWS["R12"].prediction)
-    yield given("twice the steps", CONFIG.sft_kl.steps == 2 * CONFIG.sft.steps)
+    yield given("half as many steps again", CONFIG.sft_kl.steps == CONFIG.sft.steps * 3 // 2)
     yield given("The toy has 64 dimensions and two blocks",
                 (CONFIG.model.d_model, CONFIG.model.n_layer) == (64, 2))
 
