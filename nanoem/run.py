@@ -68,7 +68,7 @@ def read_command(argv):
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="with --seeds: how many run at a time, sharing the cores")
     parser.add_argument("--full", action="store_true",
-                        help="also make every row of the paper, R1 to R18 (ten minutes more)")
+                        help="also make every row of the paper, R1 to R20 (a quarter of an hour)")
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",
                         help="only these stages and what they build on ("
                              f"{', '.join(STAGES)}); or the whole story and only these rows of the "
