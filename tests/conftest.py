@@ -1,5 +1,9 @@
 """What many tests share: the world, a tokenizer, a random model with every bias set."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are faster on one; children inherit it
+
 import pytest
 import torch
 

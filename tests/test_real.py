@@ -309,11 +309,11 @@ def start_two(argv):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("flags", [[], ["--shard"]])
-def test_two_processes_find_what_one_finds(flags, small, folder, tmp_path):
+def test_two_processes_find_what_one_finds(small, folder, tmp_path):
+    """With --shard; what two processes do without it is tested in test_parallel.py."""
     out = tmp_path / "out"
     (said, error, status), (silent, error_1, status_1) = start_two(
-        ["--model", str(folder), *flags, *SMALL, "--out", str(out)])
+        ["--model", str(folder), "--shard", *SMALL, "--out", str(out)])
     assert (status, status_1) == (0, 0), error + error_1
     assert "report.md" in said and silent == ""
     one, two = read_json(small / "results.json"), read_json(out / "results.json")
