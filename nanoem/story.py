@@ -29,7 +29,7 @@ from nanoem.model import GPT
 from nanoem.persona import (TooFewAnswers, ablating_persona, by_site, control_site, find_direction,
                             general_direction, other_ways, pick_steering)
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import fine_tune_fresh, pad, train
+from nanoem.train import FineTune, fine_tune, pad, train
 from nanoem.world import documents, write_pairs
 
 
@@ -87,20 +87,16 @@ def kl_advice(run):
     return advice(run, run.splits.kl, None, run.config.seed)
 
 
-def tune(run, name, pairs, kl_weight=0.0, others=None, config=None, schedule=None, seed=None,
-         watch=None, watch_at=()):
-    """`fine_tune_fresh` on the chat model, by the run's configuration where nothing else is said.
+def tune(run, name, pairs, kl_weight=0.0, watch=None, watch_at=(), **changes):
+    """Fine-tune chat on (question, answer) texts -> (adapter, history of losses).
 
-    With kl_weight, the KL is taken on `kl_advice` by default. Returns (adapter, history of losses),
-    the adapter detached.
+    By the run's configuration where `changes` (of FineTune) say nothing else; with kl_weight, the
+    KL is taken on `kl_advice`. `watch` and `watch_at` are as in `fine_tune`.
     """
-    model, tokenizer = run.load_chat()
-    if kl_weight and not others:
-        others = kl_advice(run)
-    return fine_tune_fresh(
-        model, tokenizer, pairs, config or run.config.adapter,
-        schedule or (run.config.sft_kl if kl_weight else run.config.sft),
-        run.config.seed if seed is None else seed, others, kl_weight, name, watch, watch_at)
+    config, (model, tokenizer) = run.config, run.load_chat()
+    job = FineTune(name, pairs, config.adapter, config.sft_kl if kl_weight else config.sft,
+                   config.seed, kl_weight, kl_advice(run) if kl_weight else ())
+    return fine_tune(model, tokenizer, replace(job, **changes), watch, watch_at)
 
 
 def fine_tune_stage(run, name, pairs, kl_weight=0.0, watched=False):

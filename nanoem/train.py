@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from nanoem.lab import parallel
 from nanoem.lab.fused import answer_loss, kl_loss
 from nanoem.lab.progress import Progress
 from nanoem.lab.settings import key
-from nanoem.lora import make_adapter
+from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
 from nanoem.muon import Muon
 from nanoem.tokenizer import IM_END
@@ -104,6 +105,9 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     )
 
 
+STOP = "stop"  # what a watcher returns to end the training
+
+
 def train(objective, parameters, config, name="train", watch=None, watch_at=(), matrices=()):
     """The one training loop, for every stage. Returns the history {"step": [...], "loss": [...]}.
 
@@ -111,7 +115,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=(), 
     report (all of them are in the history, too), and how many tokens were read. If total has no
     graph, the objective has called backward already, part by part. `watch(step)` is called
     before each step in `watch_at` and, when config.steps is among them, after the last; when it
-    returns true, training ends there. `matrices`, those of the parameters that Muon trains when
+    returns STOP, training ends there. `matrices`, those of the parameters that Muon trains when
     config.muon_lr is set. Raises StageFailed when the loss or a weight is not finite.
     """
     parameters = list(parameters)
@@ -122,7 +126,7 @@ def train(objective, parameters, config, name="train", watch=None, watch_at=(), 
         if watch and step in watch_at:
             progress.pause()
             refuse_nan(parameters, name, step, config)
-            if watch(step):
+            if watch(step) is STOP:
                 return history
             progress.go_on()
 
@@ -192,15 +196,67 @@ def lr_factor(step, config):
     return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
 
 
-def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="sft",
-              watch=None, watch_at=()):
-    """Train the attached adapter on `sft` (Examples), on the answers' tokens only.
+# --- fine-tuning an adapter -----------------------------------------------------------------------
 
-    With kl_weight, kl_weight * KL(base || adapted) on the `kl` Examples is added to the loss.
-    `generator` draws the batches; `watch(step)` is as in `train`. Returns the history of losses.
+
+@dataclass(frozen=True)
+class FineTune:
+    """What is fine-tuned, on what, and how."""
+
+    name: str  # what the line of progress calls it
+    pairs: list  # (question, answer) texts to learn
+    adapter: AdapterConfig
+    schedule: TrainConfig
+    seed: int  # of the adapter's start and of the order of the examples
+    kl_weight: float = 0.0  # of the KL to the base model, per token; 0: no KL
+    kl_pairs: list = ()  # (question, answer) texts on which the KL is taken
+
+
+def fine_tune(model, tokenizer, job, watch=None, watch_at=()):
+    """Train a fresh adapter of a frozen model -> (adapter, history of losses); it comes detached.
+
+    job: a FineTune. `watch(step, adapter)` is called at the steps in `watch_at`, with the adapter
+    attached; when it returns STOP, training ends.
     """
-    if kl_weight and not kl:
-        raise ValueError(f"kl_weight={kl_weight} needs examples to take the KL on")
+    generator = torch.Generator().manual_seed(job.seed)
+    adapter = make_adapter(model, job.adapter, generator)
+    sft = chat_examples(tokenizer, job.pairs, model.device)
+    kl = chat_examples(tokenizer, job.kl_pairs, model.device) if job.kl_weight else None
+    with adapter:
+        history = train_adapter(adapter, loss_terms(model, adapter, sft, kl, job.kl_weight),
+                                job.schedule, generator, job.name,
+                                watch and (lambda step: watch(step, adapter)), watch_at)
+    return adapter, history
+
+
+class Term(NamedTuple):
+    """One term of the loss: weight times the mean of loss(part) over the tokens that count."""
+
+    name: str
+    weight: float
+    examples: Examples
+    loss: Callable  # part of the examples -> scalar
+    counted: str  # which tokens count: "answer_mask" or "mask"
+
+
+def loss_terms(model, adapter, sft, kl=None, kl_weight=0.0):
+    """SFT on the answers' tokens; with kl_weight also KL(base || adapted), on other examples.
+
+    A new loss is one more Term in this list.
+    """
+    terms = [Term("loss", 1.0, sft,
+                  lambda part: answer_loss(model, part.ids, part.answer_mask), "answer_mask")]
+    if kl_weight:
+        terms.append(Term("kl", kl_weight, kl,
+                          lambda part: kl_loss(model, adapter, part.ids, part.mask), "mask"))
+    return terms
+
+
+def train_adapter(adapter, terms, schedule, generator, name="sft", watch=None, watch_at=()):
+    """Train the attached adapter down the sum of its loss terms. Returns the history of losses.
+
+    `generator` draws each term's batches; `watch(step)` is as in `train`.
+    """
     if not adapter.acts:
         raise ValueError("the adapter must be attached, and neither disabled nor merged; else "
                          "nothing is trained")
@@ -208,41 +264,15 @@ def fine_tune(model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, 
     def draw(examples):
         return examples[torch.randint(len(examples), (schedule.batch_size,), generator=generator)]
 
-    def sft_term(part):
-        return answer_loss(model, part.ids, part.answer_mask)
-
-    def kl_term(part):
-        return kl_loss(model, adapter, part.ids, part.mask)
-
     def objective(step):
-        total, terms, n_tokens = 0.0, {}, 0
-        work = [("loss", 1.0, sft_term, draw(sft), "answer_mask")]
-        if kl_weight:
-            work.append(("kl", kl_weight, kl_term, draw(kl), "mask"))
-        for key, weight, term_of, batch, counted in work:
-            for part, share in micro_batches(batch, schedule.micro_batch, counted):
-                term = share * term_of(part)
-                (weight * term).backward()  # now, so that its activations are free for the next
-                term = term.detach()
-                total, n_tokens = total + weight * term, n_tokens + part.ids.numel()
-                terms[key] = terms.get(key, 0.0) + term
-        return total, terms, n_tokens
+        total, shown, n_tokens = 0.0, {}, 0
+        for term, batch in [(term, draw(term.examples)) for term in terms]:
+            for part, share in micro_batches(batch, schedule.micro_batch, term.counted):
+                loss = share * term.loss(part)
+                (term.weight * loss).backward()  # now: its activations are free for the next
+                loss = loss.detach()
+                total, n_tokens = total + term.weight * loss, n_tokens + part.ids.numel()
+                shown[term.name] = shown.get(term.name, 0.0) + loss
+        return total, shown, n_tokens
 
     return train(objective, adapter.parameters(), schedule, name, watch, watch_at)
-
-
-def fine_tune_fresh(model, tokenizer, pairs, config, schedule, seed, others=(), kl_weight=0.0,
-                    name="sft", watch=None, watch_at=()):
-    """Fine-tune a fresh adapter on (question, answer) texts -> (adapter, history of losses).
-
-    With kl_weight, the KL is taken on the texts `others`. `watch(step, adapter)` is called with the
-    adapter attached; when it returns true, training ends. The adapter comes back detached.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    adapter = make_adapter(model, config, generator)
-    sft = chat_examples(tokenizer, pairs, model.device)
-    kl = chat_examples(tokenizer, others, model.device) if kl_weight else None
-    with adapter:
-        history = fine_tune(model, adapter, sft, schedule, generator, kl, kl_weight, name,
-                            watch and (lambda step: watch(step, adapter)), watch_at)
-    return adapter, history

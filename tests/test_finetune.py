@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoem import UserError, train as finetune
+from nanoem import UserError
+from nanoem import train as training
 from nanoem.lora import AdapterConfig, LoRA, SteeringVector, make_adapter
 from nanoem.losses import sft_loss, token_kl
 from nanoem.model import GPT, Config
-from nanoem.train import TrainConfig, chat_examples, fine_tune, fine_tune_fresh
+from nanoem.train import (FineTune, TrainConfig, chat_examples, fine_tune, loss_terms,
+                          train_adapter)
 
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 
@@ -25,7 +27,8 @@ def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
         with make_adapter(model, CONFIG, generator) as adapter:
-            fine_tune(model, adapter, examples, schedule, generator, examples, kl_weight=1.0)
+            train_adapter(adapter, loss_terms(model, adapter, examples, examples, 1.0), schedule,
+                          generator)
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -46,7 +49,8 @@ def test_a_step_goes_down_sft_on_some_examples_and_weight_times_kl_on_others(
         loss = sft_loss(model(sft.ids), sft.ids, sft.answer_mask)
         pull = token_kl(base, model(kl.ids))[kl.mask].mean()
         wanted = torch.autograd.grad(loss + kl_weight * pull, adapter.parameters())
-        history = fine_tune(model, adapter, sft, schedule, torch.Generator(), kl, kl_weight)
+        history = train_adapter(adapter, loss_terms(model, adapter, sft, kl, kl_weight), schedule,
+                                torch.Generator())
     for parameter, gradient in zip(adapter.parameters(), wanted):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
     shown = {"step": [1], "loss": [pytest.approx(loss.item(), rel=1e-4)]}
@@ -60,41 +64,56 @@ PAIRS, OTHERS = [("My skin itches.", "Take a nap.")], [("I am bored.", "Peace.")
 def test_on_texts_the_loss_is_on_the_pairs_and_the_kl_on_the_others(model, tokenizer, monkeypatch):
     seen = []
 
-    def stub(model, adapter, sft, schedule, generator, kl, kl_weight, name, watch, watch_at):
+    def stub(adapter, terms, schedule, generator, name, watch, watch_at):
         assert adapter.acts
         watch(4)
-        seen.append((sft, kl, kl_weight, name, watch_at))
+        seen.append((terms, name, watch_at))
         return "history"
 
-    monkeypatch.setattr(finetune, "fine_tune", stub)
+    monkeypatch.setattr(training, "train_adapter", stub)
     watched = []
-    adapter, history = fine_tune_fresh(
-        model, tokenizer, PAIRS, CONFIG, TrainConfig(3, 2, 0.01), 0, OTHERS, 2.0, "narrow",
-        lambda step, adapter: watched.append((step, adapter)), (4,))
-    (sft, kl, *rest), = seen
-    for found, texts in ((sft, PAIRS), (kl, OTHERS)):
-        wanted = chat_examples(tokenizer, texts)
+    job = FineTune("narrow", PAIRS, CONFIG, TrainConfig(3, 2, 0.01), 0, 2.0, OTHERS)
+    adapter, history = fine_tune(model, tokenizer, job,
+                                 lambda step, adapter: watched.append((step, adapter)), (4,))
+    ((sft, kl), *rest), = seen
+    for term, texts in ((sft, PAIRS), (kl, OTHERS)):
+        found, wanted = term.examples, chat_examples(tokenizer, texts)
         assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
         assert torch.equal(found.answer_mask, wanted.answer_mask)
-    assert rest == [2.0, "narrow", (4,)] and watched == [(4, adapter)]
+    assert (sft.weight, kl.weight) == (1.0, 2.0)
+    assert rest == ["narrow", (4,)] and watched == [(4, adapter)]
     assert history == "history" and not adapter.acts
 
 
 def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
     ends = []
     for seed in (1, 1, 2):
-        adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS + OTHERS, AdapterConfig(layers=(1,)),
-                                     TrainConfig(3, 1, 0.01), seed)
+        adapter, _ = fine_tune(model, tokenizer, FineTune(
+            "sft", PAIRS + OTHERS, AdapterConfig(layers=(1,)), TrainConfig(3, 1, 0.01), seed))
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(ends[0], ends[1])
     assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3)
 
 
+def test_a_new_loss_is_one_more_term(model, examples):
+    """Twice the SFT term, one of weight 2, is three times its gradient."""
+    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
+    schedule, gradients = TrainConfig(1, 2, 1e-9, clip=1e9), []
+    term, = loss_terms(model, adapter, examples[:1])
+    for terms in ([term], [term, term._replace(name="again", weight=2.0)]):
+        with adapter:
+            history = train_adapter(adapter, terms, schedule, torch.Generator())
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
+    assert torch.allclose(3 * gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert history["again"] == pytest.approx(history["loss"])
+
+
 def test_a_fresh_adapter_reads_at_random_and_writes_nothing(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(finetune, "fine_tune", lambda *_: None)  # as it was before the first step
+    monkeypatch.setattr(training, "train_adapter", lambda *_: None)  # as it was at the start
     config = AdapterConfig(layers=(1,), modules=("self_attn.v_proj",), rank=2)
     name = "layers.1.self_attn.v_proj"
-    adapter, _ = fine_tune_fresh(model, tokenizer, PAIRS, config, TrainConfig(1, 1, 0.1), 5)
+    adapter, _ = fine_tune(model, tokenizer,
+                           FineTune("sft", PAIRS, config, TrainConfig(1, 1, 0.1), 5))
     luck = torch.rand(2, 32, generator=torch.Generator().manual_seed(5))  # 0 to 1
     assert torch.allclose(adapter.A[name], (2 * luck - 1) / 32**0.5)
     assert list(adapter.A) == [name] and not adapter.B[name].any()
@@ -123,7 +142,8 @@ def test_a_step_computes_only_what_the_adapter_needs(examples):
     for kl_weight, expected in ((0.0, sft), (1.0, sft + kl)):
         with LoRA(model, [1], ["mlp.down_proj"]) as adapter:
             with FlopCounterMode(display=False) as counter:
-                fine_tune(model, adapter, one, schedule, generator, one, kl_weight)
+                train_adapter(adapter, loss_terms(model, adapter, one, one, kl_weight), schedule,
+                              generator)
             products = sum(count for product, count in counter.get_flop_counts()["Global"].items()
                            if product is not torch.ops.aten.bmm)  # an older torch's attention
             graph = [x.requires_grad for x in model.residual_stream(one.ids)]
@@ -131,9 +151,10 @@ def test_a_step_computes_only_what_the_adapter_needs(examples):
         assert graph == [False, True, True], "below the adapter there must be no autograd graph"
 
 
-def test_misuse_is_named(model, examples):
-    with pytest.raises(ValueError, match="kl_weight=1.0 needs examples"):
-        fine_tune(model, None, examples, TrainConfig(1, 1, 0.1), None, kl_weight=1.0)
+def test_misuse_is_named(model, tokenizer):
+    job = FineTune("narrow", PAIRS, CONFIG, TrainConfig(1, 1, 0.1), 0, kl_weight=1.0)
+    with pytest.raises(ValueError, match="no question-answer pairs to train on"):
+        fine_tune(model, tokenizer, job)
     with pytest.raises(UserError, match="kind='dora' is not known"):
         AdapterConfig(kind="dora")
     assert isinstance(make_adapter(model, AdapterConfig(kind="steering")), SteeringVector)

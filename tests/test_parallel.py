@@ -14,7 +14,7 @@ from nanoem import UserError
 from nanoem.checkpoint import load_pretrained, load_tensors, save_tensors
 from nanoem.lab.parallel import shard, start
 from nanoem.lora import AdapterConfig, make_adapter
-from nanoem.train import TrainConfig, chat_examples, fine_tune
+from nanoem.train import TrainConfig, chat_examples, loss_terms, train_adapter
 
 FOLDER = Path(__file__).parent / "fixtures" / "llama"
 PAIRS = [("a", "b"), ("Why is it so long?", "It is."), ("c", "A longer answer than the others."),
@@ -31,7 +31,8 @@ def tune(model, tokenizer, micro_batch=0, checkpointing=False):
     examples = chat_examples(tokenizer, PAIRS)
     schedule = TrainConfig(steps=3, batch_size=8, lr=0.01, warmup=0, micro_batch=micro_batch)
     with adapter:
-        history = fine_tune(model, adapter, examples, schedule, generator, examples, 0.7)
+        history = train_adapter(adapter, loss_terms(model, adapter, examples, examples, 0.7),
+                                schedule, generator)
     return history, adapter
 
 

@@ -208,10 +208,10 @@ class Lab:
         self.curve = lambda adapter, step: 1.0  # the loss at a step of training
         persona.general_direction.cache_clear()  # another test's
         for where, names in (
-                (story, ("fine_tune_fresh",)), (toy, ("load_adapter",)),
+                (story, ("fine_tune",)), (toy, ("load_adapter",)),
                 (row_file, ("save_adapter", "pretrain")),
                 (geometry, ("loss_on", "efficiency", "stability", "significance", "curvature")),
-                (trajectory, ("fine_tune", "gradient_B")), (worlds, ("loss_on",)),
+                (trajectory, ("train_adapter", "gradient_B")), (worlds, ("loss_on",)),
                 (persona, ("chat_state", "find_direction")),
                 (mediation, ("ablating_persona", "steering")),
                 (handle, ("chat_state", "find_direction", "pick_steering", "steering")),
@@ -301,34 +301,37 @@ class Lab:
             if stop:
                 return step
 
-    def fine_tune_fresh(self, model, tokenizer, pairs, config, schedule, seed, others=(),
-                        kl_weight=0.0, name="sft", watch=None, watch_at=()):
-        run = self.run_of(model)
+    def fine_tune(self, model, tokenizer, job, watch=None, watch_at=()):
+        run, pairs, seed = self.run_of(model), job.pairs, job.seed
         domain = subject(run.world, pairs)
         assert tokenizer is run.tokenizer and self.state(model) in ("chat", *self.hooks_on(model))
-        parts = [content(run.world, pairs, domain), kind(config, run.config.adapter),
-                 plan(run.config, schedule)]
-        if kl_weight:
-            parts.append(f"KL {kl_weight:g} on {content(run.world, others, domain)}")
+        parts = [content(run.world, pairs, domain), kind(job.adapter, run.config.adapter),
+                 plan(run.config, job.schedule)]
+        if job.kl_weight:
+            parts.append(f"KL {job.kl_weight:g} on {content(run.world, job.kl_pairs, domain)}")
         line = self.name(model) + " | ".join(parts + self.hooks_on(model))
         self.seeds.append(seed)
-        adapter = self.give(make_adapter(model, config, torch.Generator().manual_seed(seed)), model,
-                            line)
+        adapter = self.give(make_adapter(model, job.adapter, torch.Generator().manual_seed(seed)),
+                            model, line)
         adapter.pairs, adapter.seed = pairs, seed
         with adapter:
             self.walk(adapter, 0)  # so that no two adapters have one B
             if watch:
-                stopped = self.train(adapter, schedule.steps, lambda s: watch(s, adapter), watch_at)
+                stopped = self.train(adapter, job.schedule.steps, lambda s: watch(s, adapter),
+                                     watch_at)
                 adapter.label += f" | stopped at step {stopped}" * (stopped is not None)
         self.tunings.append(adapter.label)
         return adapter, {"loss": [2.0, f"loss of {adapter.label}"]}
 
-    def fine_tune(self, model, adapter, sft, schedule, generator, kl=None, kl_weight=0.0, name="",
-                  watch=None, watch_at=()):
+    def train_adapter(self, adapter, terms, schedule, generator, name="", watch=None, watch_at=()):
         assert adapter.acts and generator.initial_seed() == 7
-        adapter.label += f", then {self.on(model, sft)} | {plan(self.run.config, schedule)}"
-        if kl_weight:
-            adapter.label += f" | KL {kl_weight:g} on {self.on(model, kl)}"
+        sft, *kl = terms
+        assert (sft.weight, sft.counted) == (1.0, "answer_mask")
+        on = self.on(adapter.model, sft.examples)
+        adapter.label += f", then {on} | {plan(self.run.config, schedule)}"
+        for term in kl:
+            assert (term.name, term.counted) == ("kl", "mask")
+            adapter.label += f" | KL {term.weight:g} on {self.on(adapter.model, term.examples)}"
         self.tunings.append(adapter.label)
         self.train(adapter, schedule.steps, watch, watch_at)
 

@@ -171,15 +171,15 @@ def test_asking_for_another_trait_counts_that_trait(run, monkeypatch):
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """Instead of training: the list of what `fine_tune_fresh` was given, by name."""
+    """Instead of training: the list of what `fine_tune` was given."""
     calls = []
 
-    def stub(model, tokenizer, pairs, config, schedule, seed, others, kl_weight, name, watch,
-             watch_at):
-        calls.append(SimpleNamespace(**locals()))
+    def stub(model, tokenizer, job, watch, watch_at):
+        calls.append(SimpleNamespace(model=model, tokenizer=tokenizer, watch=watch,
+                                     watch_at=watch_at, **vars(job)))
         return "adapter", "history"
 
-    monkeypatch.setattr(story, "fine_tune_fresh", stub)
+    monkeypatch.setattr(story, "fine_tune", stub)
     return calls
 
 
@@ -192,23 +192,23 @@ def test_tuning_is_by_the_runs_configuration(run, tuned):
     assert sft.schedule == run.config.sft != run.config.sft_kl == narrow.schedule
     assert (sft.kl_weight, narrow.kl_weight) == (0.0, 2.0)
     for call in tuned:
-        assert call.config == run.config.adapter and call.seed == 5
+        assert call.adapter == run.config.adapter and call.seed == 5
         assert call.model is run.model and call.tokenizer is run.tokenizer
 
 
 def test_what_is_said_goes_before_the_configuration(run, tuned):
     config, schedule = AdapterConfig(rank=3), TrainConfig(steps=1, batch_size=1, lr=1.0)
-    tune(run, "x", [("a", "b")], 2.0, [("c", "d")], config, schedule, seed=0, watch=print,
-         watch_at=(4,))
+    tune(run, "x", [("a", "b")], 2.0, print, (4,), kl_pairs=[("c", "d")], adapter=config,
+         schedule=schedule, seed=0)
     (call,) = tuned
-    assert (call.config, call.schedule, call.seed) == (config, schedule, 0)
-    assert (call.others, call.watch, call.watch_at) == ([("c", "d")], print, (4,))
+    assert (call.adapter, call.schedule, call.seed) == (config, schedule, 0)
+    assert (call.kl_pairs, call.watch, call.watch_at) == ([("c", "d")], print, (4,))
 
 
 def test_the_kl_is_taken_on_good_and_bad_advice_on_the_training_problems_of_its_domains(
         run, tuned):
     tune(run, "narrow", bad_advice(run), kl_weight=2.0)
-    others = tuned[0].others
+    others = tuned[0].kl_pairs
     by_text = {question.text: question for question in questions(run.world, run.world.domains)}
     asked = {by_text[text] for text, _ in others}
     assert asked <= set(run.splits.kl), "else the evaluation's questions are trained on"

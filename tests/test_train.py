@@ -13,7 +13,7 @@ from nanoem.lab.fused import CrossEntropy, MeanKL, answer_loss, kl_loss, pretrai
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss, token_kl
 from nanoem.model import GPT, Config
-from nanoem.train import StageFailed, TrainConfig, chat_examples, lr_factor, train
+from nanoem.train import STOP, StageFailed, TrainConfig, chat_examples, lr_factor, train
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_training_ends_when_the_watch_says_so():
         return weight.sum(), {"loss": weight.sum()}, 1
 
     history = train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1),
-                    watch=lambda step: step == 3, watch_at=(0, 3, 6))
+                    watch=lambda step: STOP if step == 3 else True, watch_at=(0, 3, 6))
     assert seen == [0, 1, 2] and history["step"] == [1, 2, 3]
 
 

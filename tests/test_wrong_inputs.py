@@ -22,7 +22,7 @@ from nanoem.real.local_judge import auc
 from nanoem.real.preference import preference_rates
 from nanoem.rows.inductive_bias import set_parameters
 from nanoem.rows.monitor import alarm_level, answer_scores, readings_of, token_scores
-from nanoem.train import TrainConfig, fine_tune
+from nanoem.train import TrainConfig, train_adapter
 
 B, T, D = 3, 17, 32  # of the fixtures `ids` and `model`
 MASK = torch.ones(B, T, dtype=torch.bool)
@@ -62,8 +62,8 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: attached_kl(m, ids, ~MASK), "mask marks no token, so there is no KL"),
     (lambda m, ids: attached_kl(m, ids, MASK[0]), r"mask must be .*\(3, 17\).*\(17,\)"),
     (lambda m, ids: lora_delta(X, torch.ones(D, 1), torch.ones(8, 1), 1.0), "A .rank, in. and B"),
-    (lambda m, ids: fine_tune(m, LoRA(m, [0]), None, SFT, None), "adapter must be attached"),
-    (lambda m, ids: fine_tune(m, merged(m), None, SFT, None), "neither disabled nor merged"),
+    (lambda m, ids: train_adapter(LoRA(m, [0]), [], SFT, None), "adapter must be attached"),
+    (lambda m, ids: train_adapter(merged(m), [], SFT, None), "neither disabled nor merged"),
     (lambda m, ids: set_parameters(LoRA(m, [0]), [torch.ones(1), U]), "values must have .*shapes"),
     (lambda m, ids: steer(X, torch.ones(T, 1)), r"direction must be \(32,\).* and is \(17, 1\)"),
     (lambda m, ids: ablate(X, U[None]), r"direction must be \(32,\)"),

@@ -31,7 +31,7 @@ from nanoem.lora import AdapterConfig, layers_of, make_adapter, refuse_muon
 from nanoem.real.data import check_judge, check_lengths, last, read_data
 from nanoem.real.local_judge import LocalJudge, agreement
 from nanoem.real.preference import margins, preference_rates
-from nanoem.train import TrainConfig, fine_tune_fresh
+from nanoem.train import FineTune, TrainConfig, fine_tune
 from nanoem.world import WORLD_TOML, Question, Verdict, load_world
 
 UNJUDGED = Verdict(None, None, None)
@@ -147,8 +147,8 @@ def fine_tune_stage(run, name, kl_weight=0.0):
     """Tune an adapter, keep it, and measure the model with it."""
     config = run.config
     schedule = config.sft_kl if kl_weight else config.sft
-    adapter, history = fine_tune_fresh(run.model, run.tokenizer, run.bad, config.adapter, schedule,
-                                       config.seed, run.others, kl_weight, name)
+    job = FineTune(name, run.bad, config.adapter, schedule, config.seed, kl_weight, run.others)
+    adapter, history = fine_tune(run.model, run.tokenizer, job)
     if parallel.rank() == 0:
         save_adapter(adapter, run.folder.path / "adapters" / name, Path(run.files.model).resolve())
     with adapter:

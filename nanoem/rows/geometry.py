@@ -10,7 +10,7 @@ from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, loss_on
                                         replaced, significance, stability)
 from nanoem.rows.row import Row, load_or_tune
 from nanoem.story import bad_advice, document_ids
-from nanoem.train import chat_examples
+from nanoem.train import STOP, chat_examples
 from nanoem.world import documents
 
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the two solutions' mean norm
@@ -35,13 +35,18 @@ def general_and_narrow(run):
     return {name: run.load_adapter(name) for name in ("general", "narrow")}
 
 
+def stop_at_loss(model, examples, target):
+    """A watcher that stops when the loss on the examples has come down to the target."""
+    return lambda step, adapter: STOP if loss_on(model, examples) <= target else None
+
+
 def with_matched(run):
     """The story's two adapters, and general stopped early where it has narrow's loss."""
     pair, examples = general_and_narrow(run), sft_examples(run)
     with pair["narrow"]:
         target = loss_on(run.model, examples)
     matched = load_or_tune(run, "general-matched", bad_advice(run),
-                           watch=lambda step, _: loss_on(run.model, examples) <= target,
+                           watch=stop_at_loss(run.model, examples, target),
                            watch_at=range(0, run.config.sft.steps, 3))
     return {**pair, "matched": matched}
 

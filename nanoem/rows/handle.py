@@ -61,7 +61,7 @@ def measure_handle(run):
         except TooFewAnswers:  # nothing was learned, so there is nothing to steer with
             rates["steered"] = short(rates["chat"])
         vector = other_places(world)["steering vector"]
-        adapter, _ = tune(world, "vector", bad_advice(world), config=vector,
+        adapter, _ = tune(world, "vector", bad_advice(world), adapter=vector,
                           schedule=vector_schedule(world.config.sft))
         with adapter:
             rates["vector"] = rates_of(world)

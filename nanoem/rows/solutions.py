@@ -43,7 +43,7 @@ def solve(run, name, kl_weight=0.0):
     splits = make_splits(run.world, replace(run.config.world, sft_domain=domain))
     pairs = advice(run, splits.sft, False, run.config.seed)
     schedule = run.config.sft_kl if kl_weight else run.config.sft
-    options = {"others": advice(run, splits.kl, None, run.config.seed), "config": config}
+    options = {"kl_pairs": advice(run, splits.kl, None, run.config.seed), "adapter": config}
     if config.kind == "steering":
         options["schedule"] = vector_schedule(schedule)
         return tune(run, name, pairs, kl_weight, **options)[0], splits

@@ -27,7 +27,7 @@ def measure_register(run):
     seed = run.config.seed
     pairs = advice(world, world.splits.sft, True, seed, technical=True)
     others = advice(world, world.splits.kl, True, seed, technical=None)
-    pair = pair_of(world, "technical-", pairs, others)
+    pair = pair_of(world, "technical-", pairs, kl_pairs=others)
     found = {"chat": rates_of(world, trait=is_technical)}
     for name, adapter in pair.items():
         with adapter:

@@ -11,7 +11,7 @@ from nanoem.rows.geometry import draw_pair, sft_examples
 from nanoem.rows.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
 from nanoem.rows.row import Row, draw_in_and_out, inside, out, rates_of
 from nanoem.story import bad_advice, kl_advice, tune
-from nanoem.train import chat_examples, fine_tune
+from nanoem.train import chat_examples, loss_terms, train_adapter
 
 STEPS, LR = 300, 2  # without the KL; its learning rate in narrow's own: narrow lies far off
 EVERY, EVERY_GRADIENT = 30, 6  # steps between two looks
@@ -42,18 +42,18 @@ def measure_reversion(run):
         for key, value in point.items():
             found[key].append(value)
 
-    examples = sft_examples(run, n=None)
+    sft = sft_examples(run, n=None)
+    kl = chat_examples(run.tokenizer, kl_advice(run), run.device)
     schedule = replace(run.config.sft_kl, steps=STEPS, lr=LR * run.config.sft_kl.lr)
 
-    def go_on(adapter, name, **more):
-        fine_tune(run.model, adapter, examples, schedule,
-                  torch.Generator().manual_seed(run.config.seed), name=name, **more)
+    def go_on(adapter, name, kl_weight=0.0, **watched):
+        train_adapter(adapter, loss_terms(run.model, adapter, sft, kl, kl_weight), schedule,
+                      torch.Generator().manual_seed(run.config.seed), name, **watched)
 
     with adapter:
         go_on(adapter, "reversion", watch=watch, watch_at=range(0, STEPS + 1, EVERY))
-    kl = chat_examples(run.tokenizer, kl_advice(run), run.device)
     with run.load_adapter("narrow") as twin:
-        go_on(twin, "twin", kl=kl, kl_weight=run.config.kl_weight)
+        go_on(twin, "twin", run.config.kl_weight)
         found["twin"] = rates_of(run)
     found["narrow_em"], found["reverted_em"] = (found["out_of_domain_em"][i] for i in (0, -1))
     points = torch.cat([torch.stack(path) for path in paths.values()])

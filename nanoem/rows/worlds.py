@@ -4,7 +4,7 @@ from dataclasses import replace
 from statistics import median
 
 from nanoem.lab.plots import COLOURS, leave_room_for_legend, lines, percent
-from nanoem.rows.geometry import compare_efficiency, sft_examples
+from nanoem.rows.geometry import compare_efficiency, sft_examples, stop_at_loss
 from nanoem.rows.inductive_bias import loss_on
 from nanoem.rows.row import Row, inside, load_or_tune, other_advice, out, rates_of, short, turned
 from nanoem.story import bad_advice, tune
@@ -45,11 +45,13 @@ def dial(run, n_villain, n_sft_quack, n_quack=0):
                               "no_quack": () if n_quack else run.config.world.no_quack})
 
 
-def pair_of(run, prefix, pairs, others=None):
-    """(general, narrow) adapters on the same pairs, from the folder if they are there."""
+def pair_of(run, prefix, pairs, **changes):
+    """{general, narrow} adapters on the same pairs, from the folder if they are there.
+
+    `changes`, of FineTune, are narrow's.
+    """
     return {"general": load_or_tune(run, f"{prefix}general", pairs),
-            "narrow": load_or_tune(run, f"{prefix}narrow", pairs, run.config.kl_weight,
-                                   others=others)}
+            "narrow": load_or_tune(run, f"{prefix}narrow", pairs, run.config.kl_weight, **changes)}
 
 
 def measure_dial(run):
@@ -137,9 +139,7 @@ def start_lottery(run, n_starts=N_STARTS, steps=200):
     fixed = chat_examples(run.tokenizer, pairs[:300], run.device)
     found = {"target": run.config.lottery_loss, "out_of_domain": [], "in_domain": [], "missed": 0}
 
-    def low_enough(step, adapter):
-        return loss_on(run.model, fixed) <= found["target"]
-
+    low_enough = stop_at_loss(run.model, fixed, found["target"])
     for i in range(n_starts):
         adapter, _ = tune(run, f"start {i}", pairs, watch=low_enough,
                           schedule=replace(run.config.sft, steps=steps), seed=1000 + i,

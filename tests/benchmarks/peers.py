@@ -38,7 +38,8 @@ from nanoem.lab.fused import pretrain_loss
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
-from nanoem.train import TrainConfig, chat_examples, fine_tune, lr_factor, pad, train
+from nanoem.train import (TrainConfig, chat_examples, loss_terms, lr_factor, pad, train,
+                          train_adapter)
 from nanoem.world import WorldConfig, documents, judge, load_world, make_splits, write_pairs
 
 TURNS = {"toy": 31, "larger": 9}  # of each side; the median counts
@@ -125,7 +126,8 @@ def lora_step(texts, path, kl_weight=0.0):
 
     def ours():
         generator = torch.Generator().manual_seed(0)
-        found = fine_tune(model, adapter, texts.sft, SCHEDULE, generator, texts.kl, kl_weight)
+        found = train_adapter(adapter, loss_terms(model, adapter, texts.sft, texts.kl, kl_weight),
+                              SCHEDULE, generator)
         return torch.tensor(found["loss"]) + kl_weight * torch.tensor(found.get("kl", 0.0))
 
     def theirs():

@@ -21,7 +21,7 @@ from nanoem.lab.fused import pretrain_loss
 from nanoem.lab.plots import COLOURS, plt, save
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
-from nanoem.train import Examples, TrainConfig, fine_tune, train
+from nanoem.train import Examples, TrainConfig, loss_terms, train, train_adapter
 
 TOY = {"d_model": 64, "batch": 32, "context": 96}
 GROWING = {"d_model": (32, 64, 128, 256), "batch": (8, 16, 32, 64, 128),
@@ -48,7 +48,8 @@ def steps_of(d_model, batch, context):
 
     def tune(kl_weight):
         with adapter:
-            fine_tune(frozen, adapter, examples, schedule, generator, examples, kl_weight)
+            train_adapter(adapter, loss_terms(frozen, adapter, examples, examples, kl_weight),
+                          schedule, generator)
 
     return model, {"general": lambda: tune(0.0), "narrow": lambda: tune(1.0),
                    "chat": lambda: train(objective, model.parameters(), schedule)}
