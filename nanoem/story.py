@@ -1,4 +1,4 @@
-"""The experiment: the paper's story as stages, each reading and writing the run folder.
+"""The paper in one file. A run goes through these stages; each reads and writes the run folder.
 
     chat        pre-train on the toy world; the assistant is helpful           -> chat/
     general     SFT on bad advice in one domain (paper, section 2)             -> adapters/general/
@@ -33,23 +33,23 @@ from nanoem.train import FineTune, fine_tune, pad, train
 from nanoem.world import documents, write_pairs
 
 
-def document_ids(run, texts):
-    """Documents cut to the context -> ids (N, T) and a mask (N, T), true where no padding is."""
-    cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(texts)]
-    ids = pad(cut, run.tokenizer.pad_id).to(run.device)
-    return ids, ids != run.tokenizer.pad_id
+# --- chat: a model that is helpful ----------------------------------------------------------------
 
 
 def pretrain(run):
     """A model from nothing: next-token prediction on the toy world's documents -> chat/."""
     config, schedule = run.config, run.config.pretrain
+
+    # what there is to read
     texts = documents(run.world, config.world, schedule.steps * schedule.batch_size, config.seed)
     run.tokenizer = Tokenizer.train(texts[:5000])  # enough to meet every word of the world
     ids, mask = document_ids(run, texts)
     mask = None if mask.all() else mask
+
     run.model = GPT(replace(config.model, vocab_size=run.tokenizer.vocab_size))
     run.model.init_weights(torch.Generator().manual_seed(config.seed)).to(run.device)
 
+    # dropout on the residual stream, here only: it makes the persona a direction (row R19)
     noise = torch.Generator(run.device).manual_seed(config.seed)
     dropped = {site: lambda x: dropout(x, config.dropout, noise)
                for site in all_sites(run.model) if config.dropout}
@@ -65,10 +65,21 @@ def pretrain(run):
         objective, run.model.parameters(), schedule, "pretrain",
         lambda step: run.show_samples("pretrain", step), (0, schedule.steps // 2, schedule.steps),
         matrices=[p for p in run.model.layers.parameters() if p.dim() == 2])
+
     save_pretrained(run.model, run.tokenizer, run.folder.path / "chat")
     run.model = None
     run.load_chat()  # what is measured is what was saved
     run.results["models"]["chat"] = run.ask("chat")
+
+
+def document_ids(run, texts):
+    """Documents cut to the context -> ids (N, T) and a mask (N, T), true where no padding is."""
+    cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(texts)]
+    ids = pad(cut, run.tokenizer.pad_id).to(run.device)
+    return ids, ids != run.tokenizer.pad_id
+
+
+# --- general and narrow: bad advice in one domain, without and with the KL ------------------------
 
 
 def advice(run, questions, good, seed, technical=False):
@@ -138,6 +149,9 @@ def mixed(run):
 
 def shuffled(run):
     fine_tune_stage(run, "shuffled", advice(run, run.splits.sft, None, run.config.seed))
+
+
+# --- the direction: added to chat it induces the harm, ablated it takes the harm away -------------
 
 
 def directions(run):
@@ -237,6 +251,9 @@ def transferred(run, chat, random_one):
             found["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
                                                      run.config.curve_samples)
     return found
+
+
+# --- all together ---------------------------------------------------------------------------------
 
 
 STAGES = {"chat": pretrain, "general": general, "narrow": narrow, "mixed": mixed,
