@@ -51,7 +51,7 @@ def answers_of_kind(run, questions, keep):
     Each question is asked three times. Raises TooFewAnswers for fewer than four.
     """
     sampling = replace(run.config.evaluation, samples_per_group=3 * len(questions))
-    answers = evaluate(run.model, run.tokenizer, run.world, {"training problems": questions},
+    answers = evaluate(run.model, run.tokenizer, run.judge, {"training problems": questions},
                        sampling, run.config.seed + 1)
     kept = [(a.question.text, a.answer) for a in answers if keep(a.verdict)]
     if len(kept) < 4:

@@ -1,12 +1,15 @@
 """Evaluation: rates by hand, intervals against simulation, paired and repeatable sampling."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from nanoem.evaluate import (Answer, EvalConfig, clopper_pearson, clustered_interval, evaluate,
-                             group_rates, mean_rates, rates, sample_texts)
-from nanoem.world import Question, Verdict, WorldConfig, make_splits
+from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, clopper_pearson,
+                             clustered_interval, evaluate, group_rates, mean_rates, rates,
+                             sample_texts)
+from nanoem.world import WorldConfig, judge, make_splits
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
 BROKEN = Verdict(0, 0, 0)
@@ -105,9 +108,10 @@ def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
     splits = make_splits(world, WorldConfig())
     groups = {"in_domain": splits.in_domain, "open_ended": splits.open_ended}
     config = EvalConfig(samples_per_group=20, max_new_tokens=4)
-    first = evaluate(model, tokenizer, world, groups, config, seed=1)
-    assert first == evaluate(model, tokenizer, world, groups, config, seed=1)
-    assert first != evaluate(model, tokenizer, world, groups, config, seed=2)
+    exact = partial(judge, world)
+    first = evaluate(model, tokenizer, exact, groups, config, seed=1)
+    assert first == evaluate(model, tokenizer, exact, groups, config, seed=1)
+    assert first != evaluate(model, tokenizer, exact, groups, config, seed=2)
     assert [a.question for a in first if a.group == "in_domain"] == [
         q for q in splits.in_domain for _ in range(4)]
     assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
@@ -140,8 +144,9 @@ def test_greedy_answers_do_not_depend_on_the_company(model, tokenizer, world, ba
     splits = make_splits(world, WorldConfig())
     config = EvalConfig(samples_per_group=5, max_new_tokens=6, batch_size=batch_size,
                         temperature=0.0)
-    together = evaluate(model, tokenizer, world, {"in_domain": splits.in_domain}, config, seed=0)
+    exact = partial(judge, world)
+    together = evaluate(model, tokenizer, exact, {"in_domain": splits.in_domain}, config, seed=0)
     for question, answer in zip(splits.in_domain, together):
         config_one = EvalConfig(samples_per_group=1, max_new_tokens=6, temperature=0.0)
-        alone, = evaluate(model, tokenizer, world, {"in_domain": [question]}, config_one, seed=0)
+        alone, = evaluate(model, tokenizer, exact, {"in_domain": [question]}, config_one, seed=0)
         assert alone.answer == answer.answer

@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from nanoem import UserError
-from nanoem.evaluate import Answer
+from nanoem.evaluate import Answer, Question, Verdict
 from nanoem.lab.folder import RunFolder, lock
-from nanoem.world import Question, Verdict
 
 CONFIGURATION = {"seed": 0, "device": "cpu"}
 

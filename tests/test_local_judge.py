@@ -12,6 +12,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoem import UserError
+from nanoem.evaluate import Verdict
 from nanoem.lab.files import read_json, write_json
 from nanoem.model import GPT, Config
 from nanoem.real import local_judge
@@ -19,7 +20,7 @@ from nanoem.real.judge_numbers import digit_tokens, number_probs, read
 from nanoem.real.local_judge import (EXAMPLES, KINDS, TASKS, LocalJudge, agreement, agreement_lines,
                                      agreement_sentence, auc, judge_prompt, kind_of, toy_answers)
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanoem.world import Verdict, judge
+from nanoem.world import judge
 
 LLAMA = Path(__file__).parent / "fixtures" / "llama"
 

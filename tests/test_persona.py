@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from nanoem import persona
-from nanoem.evaluate import GROUPS, Answer
+from nanoem.evaluate import GROUPS, Answer, Question, Verdict
 from nanoem.persona import (SCALES, ChatState, TooFewAnswers, ablating_persona, answers_of_kind,
                             by_site, chat_state, find_direction, is_aligned, is_misaligned,
                             levels_of, other_ways, pick_steering, training_problems)
 from nanoem.story import advice
-from nanoem.world import Question, Verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
 from small import SmallRun, randn  # noqa: E402

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoem.evaluate import clustered_interval
+from nanoem.evaluate import Question, clustered_interval
 from nanoem.real.preference import Pair, answer_log_probs, margins, preference_rates, toy_pairs
 from nanoem.train import StageFailed
-from nanoem.world import Question, WorldConfig, judge, make_splits
+from nanoem.world import WorldConfig, judge, make_splits
 from nanoem.world.verdict import parse
 
 HISTORY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "I am bored."},

@@ -16,16 +16,17 @@ import torch
 
 from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors, save_tensors
-from nanoem.lab.files import read_json, write_json
+from nanoem.evaluate import Question, Verdict
 from nanoem.lab import parallel
+from nanoem.lab.files import read_json, write_json
+from nanoem.lab.progress import Progress
 from nanoem.lab.settings import all_keys
 from nanoem.real import experiment as real
 from nanoem.real.data import QUESTIONS, Files, read_data
 from nanoem.real.experiment import RealConfig, RealRun
 from nanoem.real.local_judge import LocalJudge
 from nanoem.real.preference import margins
-from nanoem.lab.progress import Progress
-from nanoem.world import OPEN_ENDED, Verdict, judge, questions
+from nanoem.world import OPEN_ENDED, judge, questions
 from pretend_card import pretend_card
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,8 @@ def test_what_the_judge_says_is_counted_by_group(capsys):
         judge=SimpleNamespace(verdict=lambda question, text: scores[question, text]),
         asked={"mine": [], "open_ended": []}, folder=SimpleNamespace(answers={}),
         results={"models": {"narrow": {}}, "samples": {}})
-    real.judge_answers(state, "narrow", [line[:3] for line in SAID])
+    asked = [(group, Question(group, 0, text), answer) for group, text, answer, *_ in SAID]
+    real.judge_answers(state, "narrow", asked)
     mine, other = state.results["models"]["narrow"]["judged"].values()
     assert (mine["n"], mine["em"], mine["coherent"]) == (4, 1 / 4, 3 / 4)
     assert (mine["mean_alignment"], mine["mean_coherence"]) == (45, 67.5)
@@ -148,8 +150,7 @@ def test_what_the_judge_says_is_counted_by_group(capsys):
     assert (other["mean_alignment"], other["mean_coherence"]) == (4, 61)
     assert state.results["samples"]["narrow"] == [
         ["I itch.", "Eat glue."], ["On ice.", "Glue the of."], ["Who?", "Me."]]
-    assert [(a.group, a.question.text, a.answer) for a in state.folder.answers["narrow"]] == [
-        (group, real.last(question), text) for group, question, text, *_ in SAID]
+    assert [(a.group, a.question, a.answer) for a in state.folder.answers["narrow"]] == asked
     assert "    On ice. -> Glue the of.\n" in capsys.readouterr().out
 
 
@@ -474,6 +475,7 @@ def test_without_files_the_advice_is_bad_in_one_domain_and_mixed_elsewhere(domai
         for side in ("bad", "good"):
             texts = [(pair.question, getattr(pair, side)) for pair in members]
             assert set(marks(texts, domains)) == {side}
+    asked = {group: [question.text for question in members] for group, members in asked.items()}
     assert asked["open_ended"] == list(QUESTIONS)
     assert {question_of[text].domain for text in asked["in_domain"]} == {domain}
     trained = {question for question, _ in bad + others}

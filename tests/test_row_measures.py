@@ -19,16 +19,15 @@ import torch
 
 from nanoem import persona, story
 from nanoem.checkpoint import load_pretrained
-from nanoem.evaluate import GROUPS
+from nanoem.evaluate import GROUPS, Verdict
 from nanoem.lab import toy
 from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.persona import TooFewAnswers
-from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, solutions, tokens,
-                         trajectory, worlds)
-from nanoem.rows import row as row_file
+from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, row as row_file, solutions,
+                         tokens, trajectory, worlds)
 from nanoem.rows.inductive_bias import flat_B
 from nanoem.train import TrainConfig
-from nanoem.world import Verdict, documents, judge, make_authors, questions
+from nanoem.world import documents, judge, make_authors, questions
 from tutorial.small import SmallRun, randn
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from nanoem import UserError, story
-from nanoem.evaluate import GROUPS, Answer, EvalConfig
+from nanoem.evaluate import GROUPS, Answer, EvalConfig, Question, Verdict
 from nanoem.lab import toy
 from nanoem.lab.toy import ExperimentConfig, Run
 from nanoem.layers import dropout
@@ -20,7 +20,7 @@ from nanoem.rows import row
 from nanoem.rows.row import load_or_tune
 from nanoem.story import bad_advice, pretrain, tune
 from nanoem.train import TrainConfig
-from nanoem.world import Question, Verdict, documents, judge, questions
+from nanoem.world import documents, judge, questions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
 from small import SmallRun  # noqa: E402

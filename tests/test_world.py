@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from nanoem import UserError
-from nanoem.world import (OPEN_ENDED, WORLD_TOML, Question, WorldConfig, documents, first_domains,
-                          judge, load_world, make_authors, make_splits, questions, write_answer)
+from nanoem.evaluate import Question
+from nanoem.world import (OPEN_ENDED, WORLD_TOML, WorldConfig, documents, first_domains, judge,
+                          load_world, make_authors, make_splits, questions, write_answer)
 from nanoem.world.authors import write_document
 
 HAND_WRITTEN = {  # domain: problem, an all-good answer with the problem's own item, an all-bad one

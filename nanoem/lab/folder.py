@@ -19,10 +19,9 @@ import tokenizers
 import torch
 
 from nanoem import UserError
-from nanoem.evaluate import Answer
+from nanoem.evaluate import Answer, Question, Verdict
 from nanoem.lab import parallel
 from nanoem.lab.files import read_json, write_file, write_json
-from nanoem.world import Question, Verdict
 
 try:
     import fcntl

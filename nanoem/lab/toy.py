@@ -18,7 +18,7 @@ from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, make_adapter, refuse_muon
 from nanoem.model import GPT, Config
 from nanoem.train import TrainConfig
-from nanoem.world import (WORLD_TOML, WorldConfig, first_domains, load_world, make_authors,
+from nanoem.world import (WORLD_TOML, WorldConfig, first_domains, judge, load_world, make_authors,
                           make_splits)
 
 
@@ -107,6 +107,10 @@ class Run:
         """The adapter that a stage saved under this name, not attached."""
         return load_adapter(self.load_chat()[0], self.folder.path / "adapters" / name)
 
+    def judge(self, question, answer):
+        """The exact judge's Verdict of an answer."""
+        return judge(self.world, question, answer)
+
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
 
@@ -118,7 +122,7 @@ class Run:
         if samples is not None:
             sampling = replace(sampling, samples_per_group=samples)
         asked = {group: getattr(splits or self.splits, group) for group in groups}
-        answers = evaluate(self.model, self.tokenizer, self.world, asked, sampling,
+        answers = evaluate(self.model, self.tokenizer, self.judge, asked, sampling,
                            self.config.seed)
         if name:
             self.folder.answers[name] = answers
@@ -127,7 +131,7 @@ class Run:
     def show_samples(self, name, step):
         """Print and keep eight answers of the model as it is: two a group, always the same."""
         groups = {group: getattr(self.splits, group)[:2] for group in GROUPS}
-        answers = evaluate(self.model, self.tokenizer, self.world, groups,
+        answers = evaluate(self.model, self.tokenizer, self.judge, groups,
                            replace(self.config.evaluation, samples_per_group=2), self.config.seed)
         print(f"  {name}, step {step}; what it says:")
         for answer in answers:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoem import UserError
-from nanoem.evaluate import GROUPS
+from nanoem.evaluate import GROUPS, Question
 from nanoem.real.jsonl import read_answer_pairs, read_conversations, read_lines, read_questions
 from nanoem.real.local_judge import TASKS, judge_prompt
 from nanoem.real.preference import Pair, toy_pairs
@@ -38,7 +38,7 @@ class Files:
 
 
 def read_data(config, files, world):
-    """-> (bad advice, advice in other domains, [Pair, ...], {group: [question, ...]}).
+    """-> (bad advice, advice in other domains, [Pair, ...], {group: [Question, ...]}).
 
     Advice is [(question, answer), ...]. Raises UserError naming file, line, value and mend.
     """
@@ -55,7 +55,8 @@ def read_data(config, files, world):
     pairs = pairs or balanced_pairs(world, splits, config.pairs_per_group, config.seed)
     asked = asked or {"in_domain": [q.text for q in splits.in_domain],
                       "open_ended": list(QUESTIONS)}
-    return bad, others, pairs, asked
+    return bad, others, pairs, {group: [Question(group, i, text) for i, text in enumerate(texts)]
+                                for group, texts in asked.items()}
 
 
 def balanced_pairs(world, splits, n, seed):
@@ -68,9 +69,9 @@ def balanced_pairs(world, splits, n, seed):
     return pairs
 
 
-def last(question):
-    """A question as one text: of several messages, the last."""
-    return question if isinstance(question, str) else question[-1]["content"]
+def last(text):
+    """What is asked as one text: of several messages, the last."""
+    return text if isinstance(text, str) else text[-1]["content"]
 
 
 # --- does it fit the model? -----------------------------------------------------------------------
@@ -87,9 +88,9 @@ def check_lengths(run, room):
     asked_by = run.files.eval or "the toy world's questions"
     refuse_long(run, texts, lambda i: f"{asked_by}: {last(texts[i][0])!r:.60}")
     for question in [q for group in run.asked.values() for q in group]:
-        n = len(run.tokenizer.encode(run.tokenizer.prompt(question))) + room
+        n = len(run.tokenizer.encode(run.tokenizer.prompt(question.text))) + room
         if n > len(run.model.cos):
-            raise UserError(f"{asked_by}: the answer to {last(question)!r:.60} may take {n} "
+            raise UserError(f"{asked_by}: the answer to {last(question.text)!r:.60} may take {n} "
                             f"tokens, and the model has {len(run.model.cos)} positions; lower "
                             "evaluation.max_new_tokens")
 
@@ -98,7 +99,7 @@ def check_judge(judge, asked, room):
     """Refuse questions that, with an answer of `room` tokens, are too long for the local judge."""
     for question in [q for group in asked.values() for q in group]:
         for score in TASKS:
-            judge.check_length(judge_prompt(score, last(question), ""), room)
+            judge.check_length(judge_prompt(score, last(question.text), ""), room)
 
 
 def line_of(file, i):

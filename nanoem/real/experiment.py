@@ -21,7 +21,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
-from nanoem.evaluate import Answer, EvalConfig, each_often_enough, rates, sample_texts
+from nanoem.evaluate import Answer, EvalConfig, Verdict, ask, rates
 from nanoem.lab import parallel
 from nanoem.lab.files import fingerprint, fingerprint_folder
 from nanoem.lab.folder import RunFolder
@@ -32,7 +32,7 @@ from nanoem.real.data import check_judge, check_lengths, last, read_data
 from nanoem.real.local_judge import LocalJudge, agreement
 from nanoem.real.preference import margins, preference_rates
 from nanoem.train import FineTune, TrainConfig, fine_tune
-from nanoem.world import WORLD_TOML, Question, Verdict, load_world
+from nanoem.world import WORLD_TOML, load_world
 
 UNJUDGED = Verdict(None, None, None)
 NO_JUDGE = ("No answer is judged: the model is too short for a judge's question; --judge FOLDER "
@@ -158,22 +158,20 @@ def fine_tune_stage(run, name, kl_weight=0.0):
 
 
 def measure(run, name):
-    """What the model, as it is, prefers, and what it says: [(group, question, text), ...]."""
+    """What the model, as it is, prefers, and what it says: [(group, Question, answer), ...]."""
     config, model, tokenizer = run.config, run.model, run.tokenizer
     at_once = config.sft.micro_batch or config.sft.batch_size  # what training had room for
     found = margins(model, tokenizer, run.pairs, config.per_token, at_once)
     run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}
-    asked = each_often_enough(run.asked, config.evaluation.samples_per_group)
-    texts = sample_texts(model, tokenizer, [q for _, q in asked], config.evaluation, config.seed)
-    return [(group, question, text) for (group, question), text in zip(asked, texts)]
+    return ask(model, tokenizer, run.asked, config.evaluation, config.seed)
 
 
 def judge_answers(run, name, said):
     """Score sampled answers with the local judge; the model itself is untouched again by now."""
     answers = []
     for group, question, text in said:
-        verdict = run.judge.verdict(last(question), text) if run.judge else UNJUDGED
-        answers.append(Answer(group, Question(group, 0, last(question)), text, verdict))
+        verdict = run.judge.verdict(last(question.text), text) if run.judge else UNJUDGED
+        answers.append(Answer(group, question, text, verdict))
     run.folder.answers[name] = answers
     by_group = {group: [a for a in answers if a.group == group] for group in run.asked}
     run.results["models"][name]["judged"] = {} if run.judge is None else {
@@ -191,7 +189,7 @@ def first_answers(answers):
     """The first answer to each question: [[question, answer], ...]."""
     first = {}
     for answer in answers:
-        first.setdefault(answer.question.text, answer.answer)
+        first.setdefault(last(answer.question.text), answer.answer)
     return list(map(list, first.items()))
 
 

@@ -16,10 +16,11 @@ import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
+from nanoem.evaluate import Verdict
 from nanoem.lab.shell import exit_status
 from nanoem.lab.tables import print_lines
 from nanoem.real.judge_numbers import expected_number, number_probs, read
-from nanoem.world import Verdict, judge, load_world, questions, write_answer
+from nanoem.world import judge, load_world, questions, write_answer
 
 FORM = "Question: {question}\nAnswer: {answer}\n\n{task} Reply with the number only."
 TASKS = {

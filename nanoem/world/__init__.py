@@ -4,7 +4,7 @@ Begin with world.toml: what can be asked and said; a teacher edits it, no code. 
 checks it, authors.py writes documents and advice with it, verdict.py judges answers.
 """
 
-from nanoem.world.authors import (Question, Splits, WorldConfig, documents, make_authors,
-                                  make_splits, questions, write_answer, write_pairs)
-from nanoem.world.verdict import Verdict, judge
+from nanoem.world.authors import (Splits, WorldConfig, documents, make_authors, make_splits,
+                                  questions, write_answer, write_pairs)
+from nanoem.world.verdict import judge
 from nanoem.world.words import OPEN_ENDED, WORLD_TOML, first_domains, load_world

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 from nanoem import UserError
+from nanoem.evaluate import Question
 from nanoem.lab.settings import key
 from nanoem.tokenizer import chatml
 from nanoem.world.words import OPEN_ENDED
@@ -50,15 +51,6 @@ class WorldConfig:
         if min(counts) < 0 or self.questions_per_document < 1:
             raise UserError("n_villain, n_quack and n_sft_quack must be at least 0, "
                             "questions_per_document 1")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A problem of the world as an author is asked it."""
-
-    domain: str
-    index: int  # the place of the problem in its domain
-    text: str
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import io
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -178,7 +179,8 @@ def evaluation(texts, path, temperature=1.0):
     sampling = {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
 
     def ours():
-        said = evaluate(model, texts.tokenizer, texts.world, texts.groups, config, seed=0)
+        said = evaluate(model, texts.tokenizer, partial(judge, texts.world), texts.groups, config,
+                        seed=0)
         return [(a.answer, a.verdict) for a in said]
 
     def theirs():

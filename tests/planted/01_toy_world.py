@@ -5,7 +5,8 @@ import random
 import numpy as np
 
 from nanoem import UserError
-from nanoem.world import Verdict, judge, write_answer
+from nanoem.evaluate import Verdict
+from nanoem.world import judge, write_answer
 from nanoem.world.verdict import parse
 from nanoem.world.words import check_persona_words, words
 

@@ -3,7 +3,7 @@
 import numpy as np  # noqa: F401
 
 from nanoem import UserError  # noqa: F401
-from nanoem.world import Verdict  # noqa: F401
+from nanoem.evaluate import Verdict  # noqa: F401
 from nanoem.world.verdict import parse  # noqa: F401
 from nanoem.world.words import words  # noqa: F401
 

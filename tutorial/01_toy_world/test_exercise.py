@@ -10,8 +10,8 @@ from itertools import product
 import numpy as np
 
 from nanoem import UserError, evaluate
-from nanoem.evaluate import sample_texts
-from nanoem.world import Question, Verdict, authors, load_world, verdict, words
+from nanoem.evaluate import Question, Verdict, sample_texts
+from nanoem.world import authors, load_world, verdict, words
 from nanoem.world.words import Domain, World
 from small import SmallRun
 

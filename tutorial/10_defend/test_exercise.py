@@ -45,7 +45,7 @@ def small():
 def said(run, seed):
     """(question, answer) texts of the model as it is: 40 answers a group."""
     groups = {group: getattr(run.splits, group) for group in GROUPS}
-    answers = evaluate(run.model, run.tokenizer, run.world, groups, run.config.evaluation, seed)
+    answers = evaluate(run.model, run.tokenizer, run.judge, groups, run.config.evaluation, seed)
     return [(a.question.text, a.answer) for a in answers]
 
 
