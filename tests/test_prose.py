@@ -20,6 +20,7 @@ from nanoem.lab.toy import ExperimentConfig
 from nanoem.real import report as real_report
 from nanoem.rows import ROWS, handle, kl_weight, trajectory, worlds
 from nanoem.rows.geometry import NORMS, N_DRAWS
+from nanoem.rows.row import SPREAD
 from nanoem.world import first_domains, load_world, make_splits
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,7 @@ def of_chapter_8():
     first, last = ([r["dial"][worlds.at(point)] for r in RESULTS]
                    for point in (worlds.FIXED_HARM[0], worlds.QUACKS_ONLY))
     yield given("with villains harm spreads, with quacks it stays",
-                np.median([outside(found["general"])["em"] for found in first]) >= 0.5
+                min(outside(found["general"])["em"] for found in first) >= SPREAD
                 and np.median([outside(found["general"])["em"] for found in last]) <= 0.1)
     yield given("Asked about medicine, chat is bad at times before any fine-tuning",
                 np.median([found["chat"]["in_domain"]["em"] for found in last]) > 0.05)
