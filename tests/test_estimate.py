@@ -1,5 +1,6 @@
 """The estimate against the model itself: its parameters, and PyTorch's own count of operations."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def test_the_published_sizes():
     assert sizes == pytest.approx([0.494, 7.616, 14.770], abs=5e-4)
 
 
-def small_model(checkpointing):
+def small_model(checkpointing, config=SMALL):
     """A model, the adapter at its half depth, and three sequences."""
-    model = GPT(SMALL).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
     model.activation_checkpointing = checkpointing
     adapter = make_adapter(model, AdapterConfig(layers=(), modules=("mlp.down_proj",)))
     return model, adapter, torch.zeros(3, 32, dtype=torch.long)
@@ -67,10 +68,11 @@ def attention_is_flash():
 
 
 @pytest.mark.skipif(not attention_is_flash(), reason="this torch's attention is not flash here")
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, qkv_bias=False, qk_norm=True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_autograd_keeps(checkpointing):
+def test_activations_are_those_that_autograd_keeps(checkpointing, config):
     """Every storage kept for the backward pass, once, without the weights and the rotary tables."""
-    model, adapter, ids = small_model(checkpointing)
+    model, adapter, ids = small_model(checkpointing, config)
     model.to(torch.bfloat16)
     lasting = {t.untyped_storage().data_ptr()
                for t in (*model.parameters(), *model.buffers(), *adapter.parameters())}
@@ -85,8 +87,8 @@ def test_activations_are_those_that_autograd_keeps(checkpointing):
     found = sum(tensor.untyped_storage().nbytes()
                 for place, tensor in kept.items() if place not in lasting) / ids.numel()
     if checkpointing:  # the one block in full is made again only in the backward pass
-        found += (activation_bytes(SMALL) - 4 * SMALL.d_ff) / estimate.blocks_above(SMALL)
-    assert found == pytest.approx(activation_bytes(SMALL, checkpointing), rel=0.02)
+        found += (activation_bytes(config) - 4 * config.d_ff) / estimate.blocks_above(config)
+    assert found == pytest.approx(activation_bytes(config, checkpointing), rel=0.02)
 
 
 def test_sharing_and_checkpointing_save_memory():

@@ -73,11 +73,11 @@ def activation_bytes(c, checkpointing=False):
     """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
 
     In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
-    the hidden layer of SwiGLU. With checkpointing only each block's input, and one block in full
+    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32. With checkpointing only each block's input, and one block in full
     while the backward pass is in it. The adapter keeps its own input, in float32.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff
+    in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff + 4 * (q + kv) * c.qk_norm
     above = blocks_above(c)
     return 4 * c.d_ff + (above * 2 * c.d_model + in_block if checkpointing else above * in_block)
 
