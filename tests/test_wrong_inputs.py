@@ -76,6 +76,7 @@ def attached_kl(model, ids, mask):
     (lambda m, ids: readings_of(m, ids, MASK.int(), {}), "mask must be bool.*int32"),
     (lambda m, ids: ablate(X, U, along=0 * U), "along is zero, and points nowhere"),
     (lambda m, ids: readings_of(m, ids, ~MASK, {1: U}), "mask marks no token"),
+    (lambda m, ids: readings_of(m, ids[:1, :1], MASK[:1, :1], {1: U}), "two or more"),
     (lambda m, ids: readings_of(m, ids, MASK, {1: 0 * U}), "direction is zero, and points nowhere"),
     (lambda m, ids: clustered_interval([1, 0], ["a"]), "outcomes and clusters .* are 2 and 1"),
     (lambda m, ids: rates([]), "answers must hold at least one"),

@@ -23,9 +23,12 @@ class Reading(NamedTuple):
 def readings_of(model, ids, mask, directions):
     """{site: Reading} of the directions {site: (d_model)}, over the tokens where mask is true.
 
-    ids, mask (B, T) are answers of the untouched model: what later scores are compared with.
+    ids, mask (B, T) are answers of the untouched model: what later scores are compared with. Raises
+    ValueError for fewer than two tokens, which have no standard deviation.
     """
     check_tokens(mask, ids)
+    if mask.sum() < 2:
+        raise ValueError("the mask marks one token; a standard deviation needs two or more")
     readings = {}
     for (site, direction), x in zip(directions.items(), residual_at(model, ids, directions)):
         unit = unit_of(direction)
