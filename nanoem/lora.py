@@ -281,7 +281,11 @@ def layers_of(config, model):
 
 
 def make_adapter(model, config, generator=None):
-    """A fresh adapter, not yet attached; it changes nothing until it is trained."""
+    """A fresh adapter, not yet attached; it changes nothing until it is trained.
+
+    A new kind of adapter is a child of Adapter above (parameters, delta, effective_norm), its name
+    in AdapterConfig, and a line here.
+    """
     layers = layers_of(config, model)
     if config.kind == "steering":
         return SteeringVector(model, layers, config.alpha)
