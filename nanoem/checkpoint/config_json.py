@@ -9,15 +9,18 @@ from nanoem import UserError
 from nanoem.model import Config
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-               "llama": "LlamaForCausalLM"}
+FAMILIES = {  # model_type: (architecture, qkv_bias, qk_norm); a new family is one more line
+    "qwen2": ("Qwen2ForCausalLM", True, False),
+    "qwen3": ("Qwen3ForCausalLM", False, True),
+    "llama": ("LlamaForCausalLM", False, False),
+}
 
 
 def read_config(file, c, tied):
     """The table of a config.json -> Config; `tied` says whether the weights lack an lm_head."""
     kind = c.get("model_type")
-    if str(kind) not in MODEL_TYPES:
-        raise UserError(f"{file}: model_type is {kind!r}; nanoem opens {', '.join(MODEL_TYPES)}")
+    if str(kind) not in FAMILIES:
+        raise UserError(f"{file}: model_type is {kind!r}; nanoem opens {', '.join(FAMILIES)}")
     refuse_what_we_lack(file, c)
     if tied and c.get("tie_word_embeddings") is False:
         raise UserError(f"{file}: tie_word_embeddings is false, but there is no tensor "
@@ -32,6 +35,7 @@ def read_config(file, c, tied):
                             + (" without a fraction" if kinds == (int,) else ""))
         return value
 
+    _, qkv_bias, qk_norm = FAMILIES[kind]
     vocab_size, n_head = number("vocab_size"), number("num_attention_heads")
     # only qwen3 must say its head_dim (else it is d_model / n_head); only llama may leave
     # num_key_value_heads out
@@ -46,7 +50,7 @@ def read_config(file, c, tied):
         d_ff=number("intermediate_size"), max_positions=number("max_position_embeddings"),
         rope_theta=float(rope_theta(file, c)), norm_eps=number("rms_norm_eps", (float, int)),
         head_size=0 if head_dim * n_head == d_model else head_dim,
-        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied,
+        qkv_bias=qkv_bias, qk_norm=qk_norm, tie_embeddings=tied,
     )
     try:
         return Config(**shape)
@@ -104,13 +108,13 @@ def config_table(c):
 
     Raises UserError for a combination of flags that none of the three architectures has.
     """
-    flags = {(True, False): "qwen2", (False, True): "qwen3", (False, False): "llama"}
-    kind = flags.get((c.qkv_bias, c.qk_norm))
-    if not kind:
+    flags = c.qkv_bias, c.qk_norm
+    kind = next((kind for kind, family in FAMILIES.items() if family[1:] == flags), None)
+    if kind is None:
         raise UserError("qkv_bias=True with qk_norm=True is no architecture of Hugging Face's; "
                         "a model folder cannot be written")
     return {
-        "architectures": [MODEL_TYPES[kind]], "model_type": kind, "hidden_act": "silu",
+        "architectures": [FAMILIES[kind][0]], "model_type": kind, "hidden_act": "silu",
         "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "hidden_size": c.d_model,
         "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim, "intermediate_size": c.d_ff,
