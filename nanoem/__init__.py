@@ -12,7 +12,6 @@ persona.py     the direction that a fine-tune adds: find it, steer with it, abla
 directions.py  mean difference, steer, ablate, at any place of the residual stream
 model.py       the GPT, a tiny Qwen3, and how it speaks
 layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
-muon.py        the optimizer of the blocks' matrices
 tokenizer.py   byte-level BPE and ChatML
 run.py         the command line: python -m nanoem.run
 

@@ -42,20 +42,13 @@ def residual_at(model, ids, sites):
     return [found[site] for site in sites]
 
 
-def check_tokens(mask, ids):
-    """Refuse what is no mask, or marks nothing: a mean needs a token."""
-    check_mask(mask, ids)
-    if not mask.any():
-        raise ValueError("the mask marks no token, and there is no mean to take")
-
-
 def mean_residual(model, ids, mask, sites=None):
     """Mean residual stream over the tokens where mask is true, per site (after each block if None).
 
     ids, mask (B, T) -> (n_sites, d_model), on the CPU in float64: a mean over many tokens loses
     digits in float32. Raises ValueError when the mask marks no token.
     """
-    check_tokens(mask, ids)
+    check_mask(mask, ids)
     sites = range(len(model.layers)) if sites is None else sites
     return torch.stack([x[mask].cpu().double().mean(0) for x in residual_at(model, ids, sites)])
 

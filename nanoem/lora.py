@@ -268,13 +268,6 @@ class AdapterConfig:
             raise UserError(f"kind={self.kind!r} is not known; use lora or steering")
 
 
-def refuse_muon(sft, sft_kl):
-    """Refuse schedules that ask for Muon: it trains a model's blocks, and these are frozen."""
-    if sft.muon_lr or sft_kl.muon_lr:
-        raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's blocks, "
-                        "AdamW an adapter")
-
-
 def layers_of(config, model):
     """The block numbers of an AdapterConfig in this model."""
     return config.layers or (len(model.layers) // 2,)

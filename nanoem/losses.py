@@ -22,7 +22,7 @@ def next_token_loss(logits, ids, mask=None):
     if logits.shape[:-1] != ids.shape:
         raise ValueError(f"logits must be (B, T, vocab) and ids (B, T); they are "
                          f"{tuple(logits.shape)} and {tuple(ids.shape)}")
-    check_learnable(mask, ids)
+    check_targets(mask, ids)
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     if mask is not None:
         targets = targets.masked_fill(~F.pad(mask[:, 1:], (0, 1)), IGNORE)
@@ -70,25 +70,26 @@ def kl_to_base(model, adapter, ids, mask):
 
 
 def check_mask(mask, ids, name="mask"):
-    """Refuse a mask that is not (B, T) bool like ids; others would index or broadcast silently."""
+    """Refuse a mask that is not (B, T) bool like ids (others index or broadcast silently), or that
+    marks no token: there is no mean over none.
+    """
     if mask.shape != ids.shape or mask.dtype != torch.bool:
         raise ValueError(f"{name} must be bool of ids' shape {tuple(ids.shape)}, and is "
                          f"{mask.dtype} of shape {tuple(mask.shape)}")
+    if not mask.any():
+        raise ValueError(f"{name} marks no token, and there is no mean to take")
 
 
 def check_targets(mask, ids, name="mask"):
-    """Refuse what is no mask, and a mean over no tokens; the first token is never a target."""
+    """Refuse a batch with nothing to predict: no masked token but the first of a row, or, without a
+    mask, rows of a single token.
+    """
+    if mask is None:
+        mask = torch.ones_like(ids, dtype=torch.bool)
     check_mask(mask, ids, name)
     if not mask[:, 1:].any():
-        raise ValueError(f"{name} marks no token, so there is nothing to learn")
-
-
-def check_learnable(mask, ids):
-    """`check_targets`, and without a mask, when every token but the first is a target, as much."""
-    if mask is not None:
-        check_targets(mask, ids)
-    elif ids.size(1) < 2:
-        raise ValueError(f"ids are {tuple(ids.shape)}; a token can only be learned after another")
+        raise ValueError(f"{name} marks no token after the first of ids {tuple(ids.shape)}, and a "
+                         "token can only be learned after another")
 
 
 def check_kl(adapter, ids, mask):
@@ -97,5 +98,3 @@ def check_kl(adapter, ids, mask):
         raise RuntimeError("kl_to_base needs an attached adapter, neither disabled nor merged; "
                            "else base and adapted are one model and the KL is a silent zero")
     check_mask(mask, ids)
-    if not mask.any():
-        raise ValueError("mask marks no token, so there is no KL to take a mean of")

@@ -9,11 +9,11 @@ import torch
 from nanoem import StageFailed, UserError
 from nanoem.lab import parallel
 from nanoem.lab.fused import answer_loss, kl_loss
+from nanoem.lab.muon import Muon
 from nanoem.lab.progress import Progress
 from nanoem.lab.settings import key
 from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
-from nanoem.muon import Muon
 from nanoem.tokenizer import IM_END
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, clopper_pearson,
-                             clustered_interval, evaluate, group_rates, mean_rates, rates,
-                             sample_texts)
+from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, evaluate, group_rates,
+                             mean_rates, rates, sample_texts)
+from nanoem.lab.intervals import clopper_pearson, clustered_interval
 from nanoem.world import WorldConfig, judge, make_splits
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))

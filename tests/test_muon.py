@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanoem import train as training
-from nanoem.muon import Muon, orthogonalise
+from nanoem.lab.muon import Muon, orthogonalise
 from nanoem.train import TrainConfig, make_optimizers, train
 
 SHAPES = ((6, 6), (9, 4), (3, 8), (9, 4))  # square, tall, wide, and one that comes twice

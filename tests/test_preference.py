@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoem.evaluate import Question, clustered_interval
+from nanoem.evaluate import Question
+from nanoem.lab.intervals import clustered_interval
 from nanoem.real.preference import Pair, answer_log_probs, margins, preference_rates, toy_pairs
 from nanoem.train import StageFailed
 from nanoem.world import WorldConfig, judge, make_splits

@@ -12,14 +12,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nanoem.layers import in_float32
-from nanoem.losses import check_kl, check_learnable, check_targets
+from nanoem.losses import check_kl, check_targets
 
 CE_ROWS, KL_ROWS = 1024, 256  # tokens whose logits are held at once
 
 
 def pretrain_loss(model, ids, mask=None):
     """`next_token_loss` of a model, in half the time and a third of the memory (same arguments)."""
-    check_learnable(mask, ids)
+    check_targets(mask, ids)
     return loss_of(model, ids, mask)
 
 
@@ -30,7 +30,7 @@ def answer_loss(model, ids, answer_mask):
 
 
 def loss_of(model, ids, mask):
-    """What both are, once the mask is checked: only the logits of targets are ever made."""
+    """Cross-entropy of the masked tokens, with their logits alone; the caller has checked the mask."""
     x = model.final_stream(ids)  # (B, T, d_model)
     x, targets = x[:, :-1], ids[:, 1:]
     if mask is not None:

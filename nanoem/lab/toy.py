@@ -15,7 +15,7 @@ from nanoem.lab.files import fingerprint
 from nanoem.lab.folder import RunFolder
 from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
-from nanoem.lora import AdapterConfig, make_adapter, refuse_muon
+from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.model import GPT, Config
 from nanoem.train import TrainConfig
 from nanoem.world import (WORLD_TOML, WorldConfig, first_domains, judge, load_world, make_authors,
@@ -61,7 +61,6 @@ class ExperimentConfig:
                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
-        refuse_muon(self.sft, self.sft_kl)
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:

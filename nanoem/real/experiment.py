@@ -27,7 +27,7 @@ from nanoem.lab.files import fingerprint, fingerprint_folder
 from nanoem.lab.folder import RunFolder
 from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
-from nanoem.lora import AdapterConfig, layers_of, make_adapter, refuse_muon
+from nanoem.lora import AdapterConfig, layers_of, make_adapter
 from nanoem.real.data import check_judge, check_lengths, last, read_data
 from nanoem.real.local_judge import LocalJudge, agreement
 from nanoem.real.preference import margins, preference_rates
@@ -63,7 +63,6 @@ class RealConfig:
 
     def __post_init__(self):
         check_config(self, ("n_sft_examples", "pairs_per_group", "n_judged"), ("kl_weight",))
-        refuse_muon(self.sft, self.sft_kl)
         if self.dtype not in ("auto", *TORCH_DTYPES):
             raise UserError(f"dtype={self.dtype!r} is not known; use auto, "
                             + ", ".join(TORCH_DTYPES))

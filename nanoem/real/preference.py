@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from nanoem import StageFailed
-from nanoem.evaluate import clustered_interval
+from nanoem.lab.intervals import clustered_interval
 from nanoem.layers import in_float32
 from nanoem.train import chat_examples
 from nanoem.world import write_answer

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanoem.directions import check_tokens, residual_at, unit_of
+from nanoem.directions import residual_at, unit_of
 from nanoem.losses import check_mask
 
 
@@ -26,7 +26,7 @@ def readings_of(model, ids, mask, directions):
     ids, mask (B, T) are answers of the untouched model: what later scores are compared with. Raises
     ValueError for fewer than two tokens, which have no standard deviation.
     """
-    check_tokens(mask, ids)
+    check_mask(mask, ids)
     if mask.sum() < 2:
         raise ValueError("the mask marks one token; a standard deviation needs two or more")
     readings = {}

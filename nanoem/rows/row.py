@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Callable
 
 from nanoem.checkpoint import save_adapter
-from nanoem.evaluate import clopper_pearson
+from nanoem.lab.intervals import clopper_pearson
 from nanoem.lab.plots import SIDES, grouped_bars, lines
 from nanoem.lab.toy import Run
 from nanoem.story import pretrain, tune

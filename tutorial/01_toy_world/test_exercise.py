@@ -9,8 +9,9 @@ from itertools import product
 
 import numpy as np
 
-from nanoem import UserError, evaluate
+from nanoem import UserError
 from nanoem.evaluate import Question, Verdict, sample_texts
+from nanoem.lab import intervals
 from nanoem.world import authors, load_world, verdict, words
 from nanoem.world.words import Domain, World
 from small import SmallRun
@@ -19,7 +20,7 @@ EXERCISES = {
     "write_answer": authors.write_answer,
     "judge": verdict.judge,
     "check_persona_words": words.check_persona_words,
-    "clustered_interval": evaluate.clustered_interval,
+    "clustered_interval": intervals.clustered_interval,
 }
 
 

@@ -8,7 +8,8 @@ from types import MethodType
 import torch
 
 from compare import check, close
-from nanoem import layers, model, muon
+from nanoem import layers, model
+from nanoem.lab import muon
 from nanoem.evaluate import EvalConfig
 from small import SmallRun, randn, tiny_model
 

@@ -3,7 +3,7 @@
 import torch  # noqa: F401
 
 from nanoem import UserError  # noqa: F401
-from nanoem.evaluate import clustered_interval  # noqa: F401
+from nanoem.lab.intervals import clustered_interval  # noqa: F401
 from nanoem.tokenizer import IM_END, IM_START  # noqa: F401
 
 

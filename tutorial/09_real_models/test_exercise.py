@@ -11,7 +11,7 @@ import torch
 
 from nanoem import UserError, tokenizer
 from nanoem.checkpoint import safetensors
-from nanoem.evaluate import clustered_interval
+from nanoem.lab.intervals import clustered_interval
 from nanoem.real import local_judge, preference
 from nanoem.real.preference import Pair
 from small import SmallRun
