@@ -4,12 +4,8 @@ Runs the experiment in a run folder, on the toy world or on real weights, prints
 report.md and figures. What is finished is reused when the command is given again.
 """
 
-import argparse
-import dataclasses
-import shlex
 import signal
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C ends them silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -18,225 +14,87 @@ import torch
 
 from nanoem import UserError
 from nanoem.lab import parallel, report
+from nanoem.lab.command import SMALLER, parse_flags, read_command
 from nanoem.lab.files import write_json
 from nanoem.lab.folder import lock, lock_many
-from nanoem.lab.settings import key_lines, nearest, set_keys
 from nanoem.lab.shell import exit_status
 from nanoem.lab.side_by_side import run_side_by_side
-from nanoem.lab.toy import ExperimentConfig
 from nanoem.real import report as real_report
-from nanoem.real.data import Files
-from nanoem.real.experiment import RealConfig, run_real
-from nanoem.rows import ROWS
-from nanoem.story import STAGES, run_experiment, stages_for
-
-QUICK = {  # what --quick sets: the same stages in a smaller world
-    "world.n_domains": "4", "pretrain.steps": "240", "context": "64", "sft.steps": "60",
-    "sft_kl.steps": "60", "curve_points": "3", "curve_samples": "30",
-    "evaluation.samples_per_group": "100", "n_random": "2",
-}
-QUICK_REAL = {  # with --model: a few steps, to see that all works
-    "sft.steps": "3", "sft_kl.steps": "3", "n_sft_examples": "64", "pairs_per_group": "4",
-    "evaluation.max_new_tokens": "16", "evaluation.samples_per_group": "2", "n_judged": "2",
-}
-SMALLER = {  # what to --set when memory is short: for the toy, for real weights
-    False: "pretrain.batch_size=8 sft.micro_batch=4 sft_kl.micro_batch=4 "
-           "evaluation.batch_size=50",
-    True: "sft.micro_batch=1 sft_kl.micro_batch=1 checkpointing=true "
-          "evaluation.batch_size=1; or use more cards and --shard",
-}
+from nanoem.real.experiment import run_real
+from nanoem.story import run_experiment
 
 
-def key_table():
-    """The epilog of --help."""
-    return "\n".join(["keys for --set (key, default, what it is):", *key_lines(ExperimentConfig()),
-                      "", "keys for --set with --model:", *key_lines(RealConfig())])
+def run(command):
+    """Carry out a Command, in each of the processes if torchrun started several."""
+    with parallel.started(command.device) as device:
+        if command.has_seeds and parallel.rank() == 0:
+            lock_many(command.out)
 
+        # each seed, and its report when it is done
+        results = []
+        for result, folder in zip(results_of_seeds(command, device), command.folders):
+            results.append(result)
+            if parallel.rank() == 0:
+                lock(folder)  # with --jobs the child that held it has ended
+                if command.tells_the_story:
+                    report_on([result], folder, command)
 
-def read_command(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m nanoem.run", epilog=key_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Pre-train a small GPT on a toy world, fine-tune it on bad advice in one "
-                    "domain, and see how far the harm spreads.")
-    parser.add_argument("--quick", action="store_true",
-                        help="a small run of half a minute, to see that all works; "
-                             "its numbers show nothing")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default 0)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
-                        help="several seeds, one after the other, and a report over them all")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="with --seeds: how many run at a time, sharing the cores")
-    parser.add_argument("--full", action="store_true",
-                        help="also make every row of the paper, R1 to R20 (a quarter of an hour)")
-    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="only these stages and what they build on ("
-                             f"{', '.join(STAGES)}); or the whole story and only these rows of the "
-                             "paper, by key or name, such as R5 or efficiency")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="the run folder (default runs/seed-N, with --seeds runs/seeds, with "
-                             "--quick runs/quick-N or runs/quicks)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
-                        help="auto takes cuda, else mps, else cpu")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change the configuration; the keys are listed below")
-    real = parser.add_argument_group("on real weights (Qwen2.5, Qwen3, or Llama-shaped ChatML)")
-    real.add_argument("--model", type=Path, metavar="FOLDER",
-                      help="a Hugging Face model folder to fine-tune instead of the toy's model")
-    real.add_argument("--data", type=Path, metavar="F.jsonl",
-                      help="conversations with bad advice (default: the toy world's)")
-    real.add_argument("--kl-data", type=Path, metavar="F.jsonl",
-                      help="conversations in other domains, for the KL (default: the toy world's)")
-    real.add_argument("--eval", type=Path, metavar="F.jsonl",
-                      help="questions to ask; those with a bad and a good answer are compared")
-    real.add_argument("--judge", type=Path, metavar="FOLDER",
-                      help="the model that scores answers (default: --model itself, untouched)")
-    real.add_argument("--shard", action="store_true",
-                      help="under torchrun: spread the model over the processes")
-    return parser.parse_args(argv)
-
-
-def check_flags(args):
-    """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
-    if args.jobs < 1 or args.jobs > 1 and not args.seeds:
-        raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
-    if args.seeds and (args.seed is not None or len(set(args.seeds)) < len(args.seeds)):
-        raise UserError("give each seed once, with --seed N or with --seeds A B C")
-    if (args.seeds or args.seed is not None) and any(s.startswith("seed=") for s in args.set):
-        raise UserError("give the seed once: with --seed, with --seeds, or with --set seed=N")
-    if args.model:
-        for name, used in (("full", args.full), ("only", args.only), ("jobs", args.jobs > 1)):
-            if used:
-                raise UserError(f"--{name} is for the toy; leave it or --model away")
-        return
-    for name in ("data", "kl_data", "eval", "judge", "shard"):
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for real weights; add --model FOLDER")
-    if parallel.n_started() > 1:
-        raise UserError("torchrun is for real weights; start the toy with python, or add --model")
-    if args.full and args.only:
-        raise UserError("--full makes all that --only could name; leave one of them away")
-    pick_stages(args)  # refuses an unknown name now
-
-
-def pick_stages(args):
-    """(names of stages, rows) that --only and --full ask for; without them the whole story."""
-    by_key = {key.lower(): row for key, row in ROWS.items()}
-    by_name = {row.name: row for row in ROWS.values()}
-    for name in args.only:
-        if name.lower() not in (*STAGES, *by_key, *by_name):
-            raise UserError(f"--only {name}: there is no such stage or row; did you mean "
-                            f"{nearest(name, [*STAGES, *ROWS, *by_name])}? The stages are "
-                            f"{', '.join(STAGES)}, the rows {', '.join(ROWS)} or, by name, "
-                            f"{', '.join(by_name)}")
-    asked = {name.lower() for name in args.only}
-    rows = [row for row in ROWS.values() if args.full or {row.key.lower(), row.name} & asked]
-    whole = rows or not asked  # rows build on every stage
-    return list(STAGES) if whole else stages_for(asked), rows
-
-
-def pick_device(name):
-    """cuda, mps or cpu: with auto the first of them that is there (mps cannot be shared)."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        return next(device for device, there in available.items()
-                    if there and not (device == "mps" and parallel.n_started() > 1))
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine or this torch has no {name}; "
-                        "use --device auto")
-    return name
-
-
-def build_config(args):
-    config, quick = (RealConfig(), QUICK_REAL) if args.model else (ExperimentConfig(), QUICK)
-    texts = dict(quick) if args.quick else {}
-    for setting in args.set:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write it as KEY=VALUE")
-        texts[key] = text
-    config = set_keys(config, texts)
-    if args.seed is not None:
-        config = dataclasses.replace(config, seed=args.seed)
-    return config
-
-
-def pick_out(args, config):
-    kind = "quick" if args.quick else "seed"
-    name = f"{kind}s" if args.seeds else f"{kind}-{config.seed}"
-    of_model = f"{args.model.resolve().name}-" if args.model else ""
-    return args.out or Path("runs") / f"{of_model}{name}"
-
-
-def run_alone(args, config, folder, device, stages, rows):
-    print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
-    if args.model:
-        files = Files(args.model, args.data, args.kl_data, args.eval, args.judge)
-        return run_real(config, files, folder, device, args.shard)
-    return run_experiment(config, folder, device, stages, rows)
-
-
-def run(args, argv, device):
-    config = build_config(args)
-    out = pick_out(args, config)
-    if args.seeds and parallel.rank() == 0:
-        lock_many(out)
-    command = shlex.join(["python", "-m", "nanoem.run", *argv])
-    seeds = args.seeds or [config.seed]
-    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
-    folders = [out / f"seed-{seed}" if args.seeds else out for seed in seeds]
-    stages, rows = pick_stages(args)
-    whole = len(stages) == len(STAGES)  # or the story cannot be told yet
-    if args.jobs > 1:
-        print(f"{len(seeds)} seeds on {device}, {args.jobs} at a time -> {out}")
-        runs = run_side_by_side(configs, folders, device, stages, rows, args.jobs)
-    else:  # one after the other, each when the one before has its report
-        runs = (run_alone(args, *one, device, stages, rows) for one in zip(configs, folders))
-    reports = real_report if args.model else report
-    results = []
-    for result, folder in zip(runs, folders):
-        results.append(result)
         if parallel.rank() == 0:
-            lock(folder)  # with --jobs the child that held it has ended
-            if whole:
-                report_on([result], folder, command, reports)
-    if parallel.rank() > 0:
+            conclude(command, results)
+
+
+def results_of_seeds(command, device):
+    """What every seed's results.json holds, each as soon as it is there."""
+    if command.jobs > 1:
+        print(f"{len(command.configs)} seeds on {device}, {command.jobs} at a time -> "
+              f"{command.out}")
+        yield from run_side_by_side(command.configs, command.folders, device, command.stages,
+                                    command.rows, command.jobs)
         return
-    if not whole:
-        return print(f"\nfinished in {out}: {', '.join(stages)}; without --only the same command "
-                     "goes on and writes the report")
-    if args.seeds:
+    for config, folder in zip(command.configs, command.folders):
+        print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+        if command.files:
+            yield run_real(config, command.files, folder, device, command.shard)
+        else:
+            yield run_experiment(config, folder, device, command.stages, command.rows)
+
+
+def conclude(command, results):
+    """Write what all seeds show together, print the table, and say where to look."""
+    out = command.out
+    if not command.tells_the_story:
+        print(f"\nfinished in {out}: {', '.join(command.stages)}; without --only the same command "
+              "goes on and writes the report")
+        return
+    if command.has_seeds:
         write_json(out / "results.json", {"seeds": results})
-        report_on(results, out, command, reports)
-    reports.print_table(results)
-    if args.quick:
+        report_on(results, out, command)
+    report_of(command).print_table(results)
+    if command.quick:
         print("--quick is too short to learn much: its numbers show that all works, nothing else")
     print(f"\nlook at {out / 'report.md'} and {out / 'figures'}")
 
 
-def report_on(results, folder, command, reports):
+def report_of(command):
+    """The module that reports: of real weights or of the toy."""
+    return real_report if command.files else report
+
+
+def report_on(results, folder, command):
     """Write a report; say so when results.json is of an older nanoem, or was edited."""
     try:
-        reports.write_report(results, folder, command)
+        report_of(command).write_report(results, folder, command.text)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'results.json'} is not as this nanoem writes it ({error!r}); "
                         "delete that folder, and the same command makes it again") from error
 
 
-def run_in_processes(args, argv):
-    """Join the other processes, if torchrun started any; only the first one prints."""
-    check_flags(args)
-    with parallel.started(pick_device(args.device)) as device:
-        run(args, argv, device)
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args = read_command(argv)
-    return exit_status(lambda: run_in_processes(args, argv),
+    is_real = bool(parse_flags(argv).model)
+    return exit_status(lambda: run(read_command(argv)),
                        "; the same command goes on with the next unfinished stage",
-                       f"; try, with another --out, --set {SMALLER[bool(args.model)]}")
+                       f"; try, with another --out, --set {SMALLER[is_real]}")
 
 
 if __name__ == "__main__":

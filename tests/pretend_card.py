@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanoem import run
+from nanoem.lab import command
 
 CARD = torch.device("cuda", 0)
 PlainGenerator = torch.Generator
@@ -100,6 +100,6 @@ def move(func, args, kwargs):
 def pretend_card(monkeypatch):
     """Inside, "cuda" is a place where tensors are. (torch.cuda itself still says what is there.)"""
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(run, "pick_device", lambda name: name)
+    monkeypatch.setattr(command, "pick_device", lambda name: name)
     with Moves():
         yield

@@ -18,6 +18,7 @@ from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors, save_tensors
 from nanoem.evaluate import Question, Verdict
 from nanoem.lab import parallel
+from nanoem.lab.command import read_command
 from nanoem.lab.files import read_json, write_json
 from nanoem.lab.progress import Progress
 from nanoem.lab.settings import all_keys
@@ -110,7 +111,7 @@ def test_the_numbers_are_those_of_the_saved_adapter(small, folder):
 
 
 def small_config(*settings):
-    return run.build_config(run.read_command(["--model", "x", *SMALL, *settings]))
+    return read_command(["--model", "x", *SMALL, *settings]).configs[0]
 
 
 def real_run(folder, out, *settings, **files):
@@ -438,13 +439,12 @@ def test_help_lists_every_key_of_real_runs(capsys):
 
 
 def test_settings_reach_a_real_configuration():
-    args = run.read_command(["--model", "x", "--seed", "7", "--set", "adapter.layers=1,2",
-                             "checkpointing=true", "sft.lr=0.5"])
-    config = run.build_config(args)
+    config = read_command(["--model", "x", "--seed", "7", "--set", "adapter.layers=1,2",
+                           "checkpointing=true", "sft.lr=0.5"]).configs[0]
     assert (config.seed, config.adapter.layers, config.checkpointing) == (7, (1, 2), True)
-    assert run.build_config(run.read_command(
-        ["--model", "x", "--set", "adapter.layers="])).adapter.layers == ()
-    assert run.build_config(run.read_command(["--model", "x", "--quick"])).sft.steps == 3
+    mid_depth = read_command(["--model", "x", "--set", "adapter.layers="]).configs[0]
+    assert mid_depth.adapter.layers == ()
+    assert read_command(["--model", "x", "--quick"]).configs[0].sft.steps == 3
 
 
 # --- the toy world's own advice -------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from nanoem import run
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.lab import parallel
+from nanoem.lab.command import pick_device, read_command
 from nanoem.lab.folder import lock
 from nanoem.lab.settings import all_keys, set_keys
 from nanoem.lab.shell import exit_status, lacks_memory
@@ -329,7 +330,7 @@ def test_auto_picks_the_first_device_that_is_there_and_can_be_used(there, n_proc
     for name, place in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         monkeypatch.setattr(place, "is_available", lambda name=name: name in there)
     monkeypatch.setattr(parallel, "n_started", lambda: n_processes)
-    assert run.pick_device("auto") == picked
+    assert pick_device("auto") == picked
 
 
 @pytest.mark.parametrize("model, keys", [([], ExperimentConfig()),
@@ -474,14 +475,14 @@ def test_help_lists_every_key_with_what_it_is(capsys):
 
 
 def test_settings_reach_the_configuration():
-    args = run.read_command(["--seed", "7", "--set", "sft.lr=0.5", "adapter.layers=1,2",
-                             "adapter.use_rslora=true", "--set", "world.sft_domain=finance"])
-    config = run.build_config(args)
+    config = read_command(["--seed", "7", "--set", "sft.lr=0.5", "adapter.layers=1,2",
+                           "adapter.use_rslora=true", "--set",
+                           "world.sft_domain=finance"]).configs[0]
     assert (config.seed, config.sft.lr, config.adapter.layers) == (7, 0.5, (1, 2))
-    together = run.build_config(run.read_command(["--set", "model.n_head=3", "model.d_model=96"]))
+    together = read_command(["--set", "model.n_head=3", "model.d_model=96"]).configs[0]
     assert together.model.head_dim == 32  # either alone would be refused
     assert config.adapter.use_rslora is True and config.world.sft_domain == "finance"
-    assert run.build_config(run.read_command(["--quick"])).pretrain.steps < config.pretrain.steps
+    assert read_command(["--quick"]).configs[0].pretrain.steps < config.pretrain.steps
 
 
 def test_only_our_five_packages_are_imported():
