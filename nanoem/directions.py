@@ -35,11 +35,11 @@ def find_site(model, site):
 
 def residual_at(model, ids, sites):
     """The residual stream at each site: a list of tensors (B, T, d_model). No gradients."""
-    found = {}
-    record = {site: lambda x, site=site: found.setdefault(site, x) for site in sites}
+    streams = {}
+    record = {site: lambda x, site=site: streams.setdefault(site, x) for site in sites}
     with torch.no_grad(), editing(model, record):
         model.final_stream(ids)
-    return [found[site] for site in sites]
+    return [streams[site] for site in sites]
 
 
 def mean_residual(model, ids, mask, sites=None):

@@ -193,8 +193,8 @@ class GPT(nn.Module):
 
         for end in range(T, T + max_new_tokens):
             logits = self(text[rows, start:end], caches, LAST, n_pad)  # (rows, vocab)
-            chance = torch.rand(B, 1, generator=generator, device=ids.device)  # also of idle rows
-            new = sample(logits, temperature, top_p, chance[rows])  # (rows, 1)
+            draws = torch.rand(B, 1, generator=generator, device=ids.device)  # also of idle rows
+            new = sample(logits, temperature, top_p, draws[rows])  # (rows, 1)
             text[rows, end:] = new
 
             # a row that has stopped needs no more computing
@@ -228,14 +228,15 @@ def next_token_probs(logits, temperature=1.0, top_p=1.0):
     return probs
 
 
-def sample(logits, temperature, top_p, chance):
+def sample(logits, temperature, top_p, draws):
     """The next token of each row: logits (B, vocab) -> (B, 1); temperature 0 takes the likeliest.
 
-    chance (B, 1), uniform in [0, 1), picks the token in whose part of the cumulated probabilities
-    it falls. (torch.multinomial draws a number for every word, and asking took twice as long.)
+    draws (B, 1), uniform in [0, 1): each picks the token in whose part of the cumulated
+    probabilities it falls. (torch.multinomial draws a number for every word of the vocabulary, and
+    asking took twice as long.)
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     below = next_token_probs(logits, temperature, top_p).cumsum(-1)  # (B, vocab)
-    return torch.searchsorted(below, chance * below[:, -1:], right=True).clamp(
+    return torch.searchsorted(below, draws * below[:, -1:], right=True).clamp(
         max=below.size(-1) - 1)

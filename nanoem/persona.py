@@ -115,11 +115,11 @@ def other_ways(run, adapter, chat):
         on_both = mean_over(run, bad + chat.aligned, chat.sites)
         try:
             good = answers_of_kind(run, training_problems(run), is_aligned)
-            found = {"authors": mean_difference(after, mean_over(run, good, chat.sites))}
+            authors = {"authors": mean_difference(after, mean_over(run, good, chat.sites))}
         except TooFewAnswers:  # it is bad everywhere, always
-            found = {}
+            authors = {}
     before = mean_over(run, bad + chat.aligned, chat.sites)
-    return {**found, "same_texts": mean_difference(on_both, before)}
+    return {**authors, "same_texts": mean_difference(on_both, before)}
 
 
 def by_site(chat, direction):

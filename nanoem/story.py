@@ -119,10 +119,10 @@ def fine_tune_stage(run, name, pairs, kl_weight=0.0, watched=False):
     em = {"step": [], "in_domain": [], "out_of_domain": []}
 
     def watch(step, adapter):
-        found = run.ask(f"{name}, step {step}", config.curve_samples)
+        rates = run.ask(f"{name}, step {step}", config.curve_samples)
         em["step"].append(step)
-        em["in_domain"].append(found["in_domain"]["em"])
-        em["out_of_domain"].append(found["out_of_domain"]["em"])
+        em["in_domain"].append(rates["in_domain"]["em"])
+        em["out_of_domain"].append(rates["out_of_domain"]["em"])
         if step in (0, points[len(points) // 2], steps):
             run.show_samples(name, step)
 
@@ -168,17 +168,17 @@ def directions(run):
                  {"mean_difference": direction, "chat_mean": chat.mean.float(), **others})
 
     generator = torch.Generator().manual_seed(run.config.seed)
-    random_ones = [random_direction(direction, generator) for _ in range(run.config.n_random)]
+    controls = [random_direction(direction, generator) for _ in range(run.config.n_random)]
     site, scale, tried = pick_steering(run, chat, direction, run.config.curve_samples)
     run.results["directions"] = {
         "sites": list(map(str, chat.sites)),
         "norm": direction.norm(dim=-1).tolist(),
-        "cosines": {way: cosines(found, direction) for way, found in others.items()},
+        "cosines": {way: cosines(other, direction) for way, other in others.items()},
         "split_half": agreement(run, chat),
-        **steered(run, chat, direction, random_ones[0], site, scale),
+        **steered(run, chat, direction, controls[0], site, scale),
         "steer_probe": tried,
-        **ablated(run, adapter, chat, direction, random_ones),
-        **transferred(run, chat, random_ones[0]),
+        **ablated(run, adapter, chat, direction, controls),
+        **transferred(run, chat, controls[0]),
     }
 
 
@@ -188,69 +188,70 @@ def agreement(run, chat):
     Each has its own half of the questions, and its own random start. None where one of them is
     hardly bad at all.
     """
-    questions, found = run.splits.sft, []
+    questions = run.splits.sft
+    both = []
     for i, half in enumerate((questions[::2], questions[1::2])):
         seed = run.config.seed + 1 + i
         adapter, _ = tune(run, f"half {i}", advice(run, half, False, seed), seed=seed)
         try:
-            found.append(find_direction(run, adapter, chat))
+            both.append(find_direction(run, adapter, chat))
         except TooFewAnswers:
             return None
-    return cosines(*found)
+    return cosines(*both)
 
 
-def steered(run, chat, direction, random_one, site, scale):
-    """Rates of chat with the direction, or a random one, added at one site."""
-    found = {}
-    for key, vectors in (("steer", direction), ("steer_random", random_one)):
+def steered(run, chat, direction, control, site, scale):
+    """Rates of chat with the direction, or the control, a random one, added at one site."""
+    both = {}
+    for key, vectors in (("steer", direction), ("steer_random", control)):
         with steering(run.model, {site: by_site(chat, vectors)[site]}, scale):
             rates = run.ask(f"chat, {key}")
-        found[key] = {"site": str(site), "scale": scale, **rates}
-    return found
+        both[key] = {"site": str(site), "scale": scale, **rates}
+    return both
 
 
-def ablated(run, adapter, chat, direction, random_ones):
+def ablated(run, adapter, chat, direction, controls):
     """Rates of general with its direction ablated, and with as much taken along random ones."""
     def ask(name, sites=None, along=None):
         with adapter, ablating_persona(run, chat, direction, sites, along):
             return run.ask(f"general, {name}")
 
     site = control_site(chat, direction)
-    found = {
+    rates = {
         "ablate": ask("direction ablated"),
         "ablate_one_site": ask("direction ablated at one site", [site]),
         "ablate_random": [ask(f"as much ablated along random direction {i}", [site], along)
-                          for i, along in enumerate(random_ones)],
+                          for i, along in enumerate(controls)],
     }
     with adapter, ablating(run.model, by_site(chat, direction)):
-        found["ablate_to_zero"] = run.ask("general, direction projected out")
-    found["ablate_random_mean"] = mean_rates(found["ablate_random"])
-    return found
+        rates["ablate_to_zero"] = run.ask("general, direction projected out")
+    rates["ablate_random_mean"] = mean_rates(rates["ablate_random"])
+    return rates
 
 
-def transferred(run, chat, random_one):
+def transferred(run, chat, control):
     """Does general's direction carry the other fine-tunes, too? Beside a random one.
 
     It is found anew, without a question of the fine-tuned domain: what it takes away there cannot
     be that domain's words.
     """
-    found = {"transfer": {}, "transfer_random": {}}
+    rates = {"transfer": {}, "transfer_random": {}}
     try:
         direction = find_direction(run, run.load_adapter("general"), chat,
                                    run.splits.kl + run.splits.probe)
     except TooFewAnswers:  # general is hardly bad elsewhere: it has nothing to pass on
-        return found
+        return rates
 
     for name in ("narrow", "mixed", "shuffled"):
         adapter = run.load_adapter(name)
         with adapter, ablating_persona(run, chat, direction):
-            found["transfer"][name] = run.ask(f"{name}, direction ablated",
+            rates["transfer"][name] = run.ask(f"{name}, direction ablated",
                                               run.config.curve_samples)
         with adapter, ablating_persona(run, chat, direction, [control_site(chat, direction)],
-                                       random_one):
-            found["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
+                                       control):
+            rates["transfer_random"][name] = run.ask(f"{name}, as much along a random direction",
                                                      run.config.curve_samples)
-    return found
+    return rates
 
 
 # --- all together ---------------------------------------------------------------------------------

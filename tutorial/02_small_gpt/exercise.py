@@ -71,14 +71,14 @@ def generate(self, ids, max_new_tokens, temperature=1.0, top_p=1.0, stop_ids=(),
 
     `self` is the model, since in nanoem this is a method of GPT: self(ids) are logits
     (B, T, vocab), self.layers its blocks. Sampling is by `generator` (torch's global one if None);
-    temperature 0 is greedy (sample knows it). At each step one chance is drawn for every row, also
+    temperature 0 is greedy (sample knows it). At each step one number is drawn for every row, also
     for those that have stopped. After a row's first stop id the row is filled with that id;
     generation ends early when all have stopped. A stop id in the prompt stops nothing. The same
     seed gives the same text with and without the cache.
 
-    Hint 1: first without a cache: chance = torch.rand(B, 1, generator=generator,
+    Hint 1: first without a cache: draws = torch.rand(B, 1, generator=generator,
         device=ids.device) picks the next token of every row, (B, 1):
-        sample(self(ids)[:, -1], temperature, top_p, chance); torch.cat it to ids, max_new_tokens
+        sample(self(ids)[:, -1], temperature, top_p, draws); torch.cat it to ids, max_new_tokens
         times.
     Hint 2: keep a (B, 1) tensor `stopped`, on ids.device, too; where it is true, take the row's
         last token again (torch.where). A row has stopped when its new token is in stop_ids
