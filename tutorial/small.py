@@ -32,7 +32,7 @@ class SmallRun(Run):
         if quacks:
             world = WorldConfig(9, n_villain=0, n_sft_quack=10, n_quack=14, no_quack=())
             path = path / "quacks"
-        self.config = replace(ExperimentConfig(), n_sft_examples=400, world=world,
+        self.config = replace(ExperimentConfig(), seed=200, n_sft_examples=400, world=world,
                               evaluation=EvalConfig(samples_per_group=samples))
         self.device = torch.device("cpu")
         self.world = first_domains(load_world(), world.n_domains)
