@@ -14,6 +14,7 @@ model.py       the GPT, a tiny Qwen3, and how it speaks
 layers.py      the parts of a block: norm, rotary position, attention, MLP, KV cache
 tokenizer.py   byte-level BPE and ChatML
 run.py         the command line: python -m nanoem.run
+talk.py        ask the models yourself: python -m nanoem.talk
 
 world/         the toy world: its words, its authors, its exact judge
 checkpoint/    model and adapter folders of Hugging Face, in and out

@@ -1,8 +1,13 @@
 """What many tests share: the world, a tokenizer, a random model with every bias set."""
 
 import os
+import sys
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are faster on one; children inherit it
+os.environ["PYTHONPATH"] = str(ROOT)  # so that they, too, find nanoem from any folder
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
@@ -10,6 +15,12 @@ import torch
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
 from nanoem.world import WorldConfig, documents, load_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def at_the_top():
+    """Commands and paths are those of a user in the repository's own folder."""
+    os.chdir(ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,13 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import nanoem
 from nanoem.lab.plots import percent
@@ -115,3 +120,15 @@ def test_the_top_level_holds_nothing_else():
         return
     assert {line.split("/")[0] for line in listed.splitlines()} <= {
         "README.md", "nanoem", "tests", "tutorial", "requirements.txt", ".ci", ".gitignore"}
+
+
+@pytest.mark.parametrize("folder, words", [
+    (".", ["tests/test_muon.py"]), ("tests", ["test_muon.py"]),
+    (".", ["tutorial/03_lora", "--solution"]), ("tutorial/03_lora", ["--solution"])])
+def test_pytest_collects_from_any_folder(folder, words):
+    """`pytest` alone, unlike `python -m pytest`, does not look into the folder it starts in."""
+    start = "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main(sys.argv[1:]))"
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", start, "-q", "--collect-only", *words],
+                          cwd=ROOT / folder, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+# nanoem and the tutorial's own modules are found from any folder that pytest starts in
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from classroom import (TUTORIAL, exercise_of, load_file, number_of, solutions,  # noqa: E402
                        verdict_lines)
 
