@@ -114,7 +114,6 @@ def test_the_toys_limits_stand_beside_the_claims():
 
 
 def test_the_top_level_holds_nothing_else():
-    import subprocess
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     if not listed:  # not a git checkout: nothing to say about what is committed
         return
