@@ -105,7 +105,7 @@ def test_there_are_twenty_rows_with_names_of_their_own():
 def test_every_check_can_fail(key):
     row, found = ROWS[key], PREDICTED[key]
     assert row.holds(found)
-    assert not row.holds(exchanged(found, *row.swap)), f"{row.swap} exchanged, and nothing noticed"
+    assert not row.holds(exchanged(found, *row.opposites)), f"{row.opposites} exchanged, and nothing noticed"
     assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds (95%: 48-100%)", True)
 
 
@@ -183,7 +183,7 @@ def test_every_clause_of_a_check_can_fail_by_itself(key):
 @pytest.mark.parametrize("key", PREDICTED)
 def test_a_row_that_does_not_hold_says_so_in_its_title_and_draws(key):
     row, found = ROWS[key], PREDICTED[key]
-    wrong = exchanged(found, *row.swap)
+    wrong = exchanged(found, *row.opposites)
     assert not row.title([found, found]).startswith("Not as predicted")
     assert row.title([wrong, wrong]).startswith("Not as predicted: ")
     assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds (95%: 28-99%)", True)
