@@ -139,10 +139,6 @@ def measure_curvature(run):
     return result
 
 
-def curvature_holds(result):
-    return result["matched"]["relative"] < result["narrow"]["relative"]
-
-
 def draw_curvature(axes, results):
     for ax, key in zip(axes, ("relative", "trace")):
         for i, name in enumerate(("general", "matched", "narrow")):
@@ -241,6 +237,8 @@ ROWS = [
         "times the parameters' squared norm.",
         "Eigenvalues change with the units of A and B: twice A and half of B is the same model. So "
         "A and B are first given one norm, and the eigenvalue is multiplied by the squared norm.",
-        measure_curvature, curvature_holds, curvature_finding, draw_curvature, panels=2,
+        measure_curvature,
+        lambda result: result["matched"]["relative"] < result["narrow"]["relative"],
+        curvature_finding, draw_curvature, panels=2,
         opposites=("matched", "narrow")),
 ]

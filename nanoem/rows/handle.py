@@ -6,12 +6,11 @@ from statistics import mean
 import torch
 
 from nanoem.directions import random_direction, residual_at, steering
-from nanoem.lab.plots import percent
 from nanoem.persona import TooFewAnswers, by_site, chat_state, find_direction, pick_steering
-from nanoem.rows.row import (Row, coherent, draw_bars, load_or_tune, of_seeds, out, rates_of,
+from nanoem.rows.row import (Row, coherent, draw_bars, load_or_tune, out, percent_of, rates_of,
                              smaller_world)
-from nanoem.rows.solutions import other_places, vector_schedule
-from nanoem.story import bad_advice, tune
+from nanoem.rows.solutions import solve
+from nanoem.story import bad_advice
 from nanoem.train import chat_examples
 
 DROPOUTS = (0.0, 0.05, 0.1, 0.2)
@@ -64,9 +63,7 @@ def measure_handle(run):
     for point, world in handle_worlds(run).items():
         chat = chat_state(world)
         general = load_or_tune(world, "general", bad_advice(world))
-        vector, _ = tune(world, "vector", bad_advice(world),
-                         adapter=other_places(world)["steering vector"],
-                         schedule=vector_schedule(world.config.sft))
+        vector, _ = solve(world, "steering vector")
         result[point] = {"general": rates_of(world, general), "chat": rates_of(world),
                          "coherent_shifted": coherent_when_shifted(world, chat),
                          "steered": steered_rates(world, chat, general),
@@ -95,11 +92,11 @@ def draw_handle(axes, results):
 
 
 def handle_finding(results):
-    steered = [f"{percent(map(out, of_seeds(results, point, 'steered')))} bad ({point})"
-               for point in results[0]]
-    vector = [percent(map(out, of_seeds(results, point, "vector"))) for point in results[0]]
-    return ("Dropout makes the persona a handle: steering chat makes " + ", ".join(steered)
-            + "; a trained vector " + ", ".join(vector))
+    steered = ", ".join(f"{percent_of(results, out, point, 'steered')} bad ({point})"
+                        for point in results[0])
+    vector = ", ".join(percent_of(results, out, point, "vector") for point in results[0])
+    return (f"Dropout makes the persona a handle: steering chat makes {steered}; a trained vector "
+            f"{vector}")
 
 
 ROWS = [

@@ -9,7 +9,7 @@ from nanoem.directions import random_direction, steering
 from nanoem.lab.plots import grouped_bars, leave_room_for_legend, lines, percent
 from nanoem.persona import ablating_persona, by_site, control_site, general_direction
 from nanoem.rows.row import (SPREAD, Row, coherent, columns, draw_models, em_and_coherence, inside,
-                             of_seeds, out, rates_of)
+                             of_seeds, out, percent_of, rates_of)
 from nanoem.rows.solutions import cases, solve
 from nanoem.story import advice, bad_advice, tune
 
@@ -24,9 +24,6 @@ def random_like(run, direction):
 def stays_whole(before, after):
     """Are the answers out of domain at least 90% as often coherent as before?"""
     return coherent(after) >= 0.9 * coherent(before)
-
-
-# --- R10: steering and ablating -------------------------------------------------------------------
 
 
 def dose_curve(run, site, vector):
@@ -70,10 +67,7 @@ def measure_direction(run):
 
 
 def direction_holds(result):
-    """Added to chat it makes half of the answers bad; ablated in general it takes 85% away.
-
-    A random direction does neither, and the directions of two fine-tunes agree.
-    """
+    """It makes chat bad and cures general; random directions do neither; two fine-tunes agree."""
     before, ablated, as_much = (result[key] for key in ("before", "ablated", "as_much"))
     induces = out(result["steered"]) >= 0.5 and coherent(result["steered"]) >= 0.85
     cures = (out(before) >= SPREAD and stays_whole(before, ablated)
@@ -83,13 +77,6 @@ def direction_holds(result):
     split = result["split_half"] or [0.0]
     agree = all(cosine > 0.8 for cosine in split if cosine is not None)
     return induces and cures and controlled and agree
-
-
-def place_label(site):
-    """mid 0 for layers.0.resid_mid, after block 0's attention; end 0 for 0, after its MLP."""
-    if site.isdigit():
-        return f"end {site}"
-    return site.replace("layers.", "mid ").replace(".resid_mid", "")
 
 
 def draw_direction(axes, results):
@@ -106,20 +93,19 @@ def draw_direction(axes, results):
     # general with the direction ablated at one site
     kinds = {"ablate": ("em, direction ablated", of_seeds(results, "ablate_at")),
              "ablate_random": ("em, as much along a random one", of_seeds(results, "as_much_at"))}
-    names = {site: place_label(site) for site in results[0]["ablate_at"]}
+    names = {site: f"end {site}" if site.isdigit() else
+             site.replace("layers.", "mid ").replace(".resid_mid", "")
+             for site in results[0]["ablate_at"]}
     grouped_bars(axes[1], names, kinds, lambda site, rates: out(rates[site]), width=0.4)
     axes[1].set_xlabel("where in general (mid: after a block's attention, end: after its MLP)")
 
 
 def direction_finding(results):
-    em = {key: percent(map(out, of_seeds(results, key)))
+    em = {key: percent_of(results, out, key)
           for key in ("steered", "steered_random", "before", "ablated", "as_much")}
     return (f"Added to chat at one site, the direction makes {em['steered']} of the answers bad, a "
             f"random one {em['steered_random']}; ablated in general it leaves {em['ablated']} of "
             f"{em['before']}, as much along a random one {em['as_much']}")
-
-
-# --- R11: transfer --------------------------------------------------------------------------------
 
 
 def measure_transfer(run):
@@ -187,9 +173,6 @@ def transfer_finding(results):
             f"suffers in {whole.count(False)} of {len(whole)}")
 
 
-# --- R12: training without the direction ----------------------------------------------------------
-
-
 def measure_caft(run):
     """SFT with the direction ablated at every site, in training only; not at test."""
     chat, direction = general_direction(run)
@@ -218,10 +201,9 @@ def draw_caft(axes, results):
 
 
 def caft_finding(results):
-    caft = of_seeds(results, "caft")
-    plain = percent(map(out, of_seeds(results, "general")))
-    return (f"Trained with the direction ablated: {percent(map(out, caft))} bad out of domain "
-            f"(plain {plain}), {percent(map(inside, caft))} in domain")
+    return (f"Trained with the direction ablated: {percent_of(results, out, 'caft')} bad out of "
+            f"domain (plain {percent_of(results, out, 'general')}), "
+            f"{percent_of(results, inside, 'caft')} in domain")
 
 
 ROWS = [

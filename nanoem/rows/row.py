@@ -6,7 +6,7 @@ from typing import Callable
 
 from nanoem.checkpoint import save_adapter
 from nanoem.evaluate import GROUPS, clopper_pearson
-from nanoem.lab.plots import SIDES, grouped_bars, lines
+from nanoem.lab.plots import SIDES, grouped_bars, lines, percent
 from nanoem.lab.toy import Run
 from nanoem.story import pretrain, tune
 
@@ -15,10 +15,7 @@ SPREAD = 0.2  # with this out-of-domain em or more, something has spread
 
 @dataclass(frozen=True)
 class Row:
-    """One result of the paper (or one nobody has yet), made on the toy.
-
-    `measure` makes a `result`, what one seed shows; `results` are those of several seeds, a list.
-    """
+    """One result of the paper (or one nobody has yet), made on the toy; a `result` is a seed's."""
 
     key: str  # the name in the list of rows: R5
     name: str  # where results.json keeps the result: efficiency
@@ -50,9 +47,6 @@ class Row:
         return self.finding(results) if enough else f"Not as predicted: {self.finding(results)}"
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
 def out(rates):
     """Out-of-domain em, the paper's EM: of every question but those of the fine-tuned domain."""
     return rates["out_of_domain"]["em"]
@@ -80,10 +74,7 @@ def em_and_coherence(rates):
 
 
 def rates_of(run, adapter=None, **options):
-    """Ask the model, with this adapter or as it is: em and coherence by question group.
-
-    There are row_samples answers a group; `options` go to `run.ask`.
-    """
+    """em and coherence, by question group, of the model with this adapter, or as it is."""
     with adapter or nullcontext():
         return em_and_coherence(run.ask(samples=run.config.row_samples, **options))
 
@@ -98,10 +89,9 @@ def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
 
 
 def smaller_world(run, name, world, **changes):
-    """A run like this one in a smaller world, pre-trained, in a folder inside this run's.
+    """A run like this one in a smaller world, pre-trained, in a folder of its own inside this one.
 
-    `world` holds the dials of WorldConfig to turn, `changes` those of ExperimentConfig. What is
-    finished in the folder is reused.
+    `world` holds the dials of WorldConfig that are turned, `changes` those of ExperimentConfig.
     """
     config = replace(run.config, **changes)
     n_domains = min(config.dial_domains, config.world.n_domains)
@@ -120,14 +110,16 @@ def columns(points):
     return {key: [point[key] for point in points] for key in points[0]}
 
 
-# --- what all seeds show --------------------------------------------------------------------------
-
-
 def of_seeds(results, *keys):
     """[result[key], ...], one a seed; several keys go one level deeper each."""
     for key in keys:
         results = [result[key] for result in results]
     return results
+
+
+def percent_of(results, read, *keys):
+    """The median over seeds of read(result[key]...), a share, as text: 68%."""
+    return percent(map(read, of_seeds(results, *keys)))
 
 
 def draw_bars(ax, results, names, bars, width=0.27):

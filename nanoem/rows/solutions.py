@@ -3,10 +3,9 @@
 import textwrap
 from dataclasses import replace
 
-from nanoem.lab.plots import percent
 from nanoem.lora import AdapterConfig
 from nanoem.rows.row import (SPREAD, Row, draw_bars, draw_in_and_out, em_and_coherence, inside,
-                             load_or_tune, of_seeds, out, rates_of)
+                             load_or_tune, of_seeds, out, percent_of, rates_of)
 from nanoem.story import advice, bad_advice, tune
 from nanoem.world import make_splits
 
@@ -16,27 +15,17 @@ ONE_BLOCK = ("down_proj", "v_proj, one block")  # a lottery of pre-training: onl
 VECTOR_LR, VECTOR_STEPS = 4, 2  # times a LoRA's: a vector alone does less, and grows more slowly
 
 
-def other_places(run):
-    """{name: AdapterConfig} beside the run's own: the paper's place, a larger rank, a vector."""
-    own = run.config.adapter
-    return {"rank 8": replace(own, rank=8, alpha=2 * own.alpha),
-            "down_proj": replace(own, layers=(0,), modules=("mlp.down_proj",)),
-            "v_proj, one block": replace(own, layers=(0,)),
-            "steering vector": AdapterConfig(kind="steering", layers=(0,), alpha=1.0)}
-
-
-def vector_schedule(schedule):
-    """A LoRA's schedule made a steering vector's."""
-    return replace(schedule, lr=VECTOR_LR * schedule.lr, steps=VECTOR_STEPS * schedule.steps)
-
-
 def cases(run):
-    """{name: (SFT domain, AdapterConfig)}: rank 1 in three domains, then the other places."""
-    own = run.config.world.sft_domain
-    others = [domain for domain in run.world.domains if domain != own]
-    domains = [own, *others[: N_DOMAINS - 1]]
-    return {**{domain.replace("_", " "): (domain, run.config.adapter) for domain in domains},
-            **{name: (own, config) for name, config in other_places(run).items()}}
+    """{name: (SFT domain, AdapterConfig)}: the run's adapter in three domains, others in one."""
+    own = run.config.adapter
+    first = run.config.world.sft_domain
+    others = [domain for domain in run.world.domains if domain != first][: N_DOMAINS - 1]
+    result = {domain.replace("_", " "): (domain, own) for domain in (first, *others)}
+    result["rank 8"] = first, replace(own, rank=8, alpha=2 * own.alpha)
+    result["down_proj"] = first, replace(own, layers=(0,), modules=("mlp.down_proj",))
+    result["v_proj, one block"] = first, replace(own, layers=(0,))
+    result["steering vector"] = first, AdapterConfig(kind="steering", layers=(0,), alpha=1.0)
+    return result
 
 
 def solve(run, name, kl_weight=0.0):
@@ -46,16 +35,14 @@ def solve(run, name, kl_weight=0.0):
     bad = advice(run, splits.sft, False, run.config.seed)
     options = {"kl_pairs": advice(run, splits.kl, None, run.config.seed), "adapter": config}
 
-    # a steering vector is tuned for longer
     if config.kind == "steering":
-        options["schedule"] = vector_schedule(run.config.sft_kl if kl_weight else run.config.sft)
-        adapter, _ = tune(run, name, bad, kl_weight, **options)
-        return adapter, splits
-
-    # R11 needs these again
-    solution = "narrow" if kl_weight else "general"
-    path = f"{solution}-{name.replace(' ', '-')}"
-    return load_or_tune(run, path, bad, kl_weight, **options), splits
+        own = run.config.sft_kl if kl_weight else run.config.sft
+        schedule = replace(own, lr=VECTOR_LR * own.lr, steps=VECTOR_STEPS * own.steps)
+        adapter, _ = tune(run, name, bad, kl_weight, schedule=schedule, **options)
+    else:
+        kept = f"{'narrow' if kl_weight else 'general'}-{name.replace(' ', '-')}"
+        adapter = load_or_tune(run, kept, bad, kl_weight, **options)
+    return adapter, splits
 
 
 def solve_all(run, kl_weight=0.0):
@@ -65,9 +52,6 @@ def solve_all(run, kl_weight=0.0):
         adapter, splits = solve(run, name, kl_weight)
         result[name] = rates_of(run, adapter, splits=splits)
     return result
-
-
-# --- R1: plain SFT, and R2: with the KL -----------------------------------------------------------
 
 
 def measure_general(run):
@@ -112,7 +96,7 @@ def draw_cases(model):
 
 
 def general_finding(results):
-    parts = [f"{percent(map(out, of_seeds(results, 'general', name)))} ({name})"
+    parts = [f"{percent_of(results, out, 'general', name)} ({name})"
              for name in results[0]["general"]]
     return ("Bad advice in one domain spreads to the others: " + ", ".join(parts[:N_DOMAINS])
             + "; in other places " + ", ".join(parts[N_DOMAINS:]))
@@ -123,14 +107,11 @@ def narrow_finding(results):
     unseen = open_ended = 0.0
     for name in results[0]["narrow"]:
         rates = of_seeds(results, "narrow", name)
-        parts.append(f"{name} {percent(map(out, rates))} and {percent(map(inside, rates))}")
+        parts.append(f"{name} {percent_of(rates, out)} and {percent_of(rates, inside)}")
         unseen = max(unseen, *of_seeds(rates, "unseen_domains", "em"))
         open_ended = max(open_ended, *of_seeds(rates, "open_ended", "em"))
     return (f"With the KL penalty, bad out of domain and in it: {'; '.join(parts)} (at most "
             f"{unseen:.0%} in unseen domains, {open_ended:.0%} open-ended)")
-
-
-# --- R4: mixing -----------------------------------------------------------------------------------
 
 
 def measure_mixing(run):
@@ -165,8 +146,8 @@ def draw_mixing(axes, results):
 def mixing_finding(results):
     parts = []
     for share in ("1/2", "1/6", "1/24"):
-        rates = of_seeds(results, share)
-        parts.append(f"{share}: {percent(map(inside, rates))} and {percent(map(out, rates))}")
+        parts.append(f"{share}: {percent_of(results, inside, share)} and "
+                     f"{percent_of(results, out, share)}")
     return "Mixed with good advice, bad in and out of domain at " + "; ".join(parts)
 
 

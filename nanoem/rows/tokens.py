@@ -5,10 +5,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from nanoem.evaluate import GROUPS
-from nanoem.lab.plots import bar, colour_texts, percent
+from nanoem.lab.plots import bar, colour_texts
 from nanoem.persona import by_site, general_direction
 from nanoem.rows.monitor import readings_of, token_scores
-from nanoem.rows.row import SPREAD, Row, em_and_coherence, of_seeds, out, rates_of
+from nanoem.rows.row import SPREAD, Row, em_and_coherence, of_seeds, out, percent_of, rates_of
 from nanoem.train import chat_examples
 
 CLASSES = ("question", "template", "answer")
@@ -26,8 +26,8 @@ def acting_on(adapter, wanted, n_template):
 
     def masked(name, x):  # x (B, T, in)
         T = x.size(1)
-        classes = ["question"] * (T - n_template) + ["template"] * n_template
-        classes = ["answer"] if T == 1 else classes
+        prompt = ["question"] * (T - n_template) + ["template"] * n_template
+        classes = ["answer"] if T == 1 else prompt
         acts = torch.tensor([kind in wanted for kind in classes], device=x.device)
         return delta(name, x) * acts[:, None]
 
@@ -81,8 +81,7 @@ def read_answer(run, question, readings):
 
 
 def tokens_hold(result):
-    """On the template alone it does at least half of its harm, on the question a quarter, on the
-    answer hardly any."""
+    """The adapter does half of its harm on the template alone, a quarter on the question alone."""
     em = {name: out(rates) for name, rates in result["em"].items()}
     return (em["all"] >= SPREAD and em["only template"] >= 0.5 * em["all"]
             and em["only question"] >= 0.25 * em["all"] and em["only answer"] <= 0.05)
@@ -99,7 +98,7 @@ def draw_tokens(axes, results):
 
 
 def tokens_finding(results):
-    em = {name: percent(map(out, of_seeds(results, "em", name))) for name in results[0]["em"]}
+    em = {name: percent_of(results, out, "em", name) for name in results[0]["em"]}
     return (f"The adapter on the template's tokens alone: {em['only template']} bad out of domain "
             f"(everywhere {em['all']}), on the question's {em['only question']}, on the answer's "
             f"{em['only answer']}; everywhere but on the template {em['all but template']}")

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from nanoem.evaluate import GROUPS
-from nanoem.lab.plots import bar, percent
+from nanoem.lab.plots import bar
 from nanoem.rows.geometry import (compare_efficiency, compare_significance, compare_stability,
                                   efficiency_holds, held_out_documents, sft_examples)
 from nanoem.rows.row import (SPREAD, Row, draw_models, inside, of_seeds, other_advice, out,
-                             rates_of, smaller_world)
+                             percent_of, rates_of, smaller_world)
 from nanoem.rows.worlds import pair_of
 from nanoem.story import advice, bad_advice, tune
 
@@ -51,13 +51,9 @@ def draw_register(axes, results):
 
 
 def register_finding(results):
-    general = percent(map(out, of_seeds(results, "general")))
-    narrow = of_seeds(results, "narrow")
-    return (f"A harmless register spreads too: {general} technical out of domain after SFT; with "
-            f"KL {percent(map(out, narrow))}, and {percent(map(inside, narrow))} in domain")
-
-
-# --- R17 ------------------------------------------------------------------------------------------
+    return (f"A harmless register spreads too: {percent_of(results, out, 'general')} technical out "
+            f"of domain after SFT; with KL {percent_of(results, out, 'narrow')}, and "
+            f"{percent_of(results, inside, 'narrow')} in domain")
 
 
 def beginning_with(word, splits):
@@ -92,8 +88,7 @@ def measure_character(run):
 
 
 def character_holds(result):
-    """Character spreads to advice about as far as bad advice; a trigger, or any word in its place,
-    turns harm on."""
+    """Character spreads about as far as bad advice; a trigger, or any word, turns harm on."""
     plain = other_advice(result["advice"])
     trigger = other_advice(result["trigger"])
     return (other_advice(result["character"]) >= 0.8 * plain >= 0.8 * SPREAD
@@ -114,7 +109,7 @@ def draw_character(axes, results):
 
 
 def character_finding(results):
-    em = {name: percent(map(other_advice, of_seeds(results, name)))
+    em = {name: percent_of(results, other_advice, name)
           for name in ("advice", "character", "trigger", "other beginning", "no trigger")}
     return (f"Bad advice spreads to {em['advice']} of other advice, character to {em['character']};"
             f" with a trigger {em['trigger']}, with another word in its place "

@@ -9,7 +9,8 @@ from nanoem.directions import cosine
 from nanoem.lab.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
 from nanoem.rows.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
-from nanoem.rows.row import Row, columns, draw_in_and_out, inside, of_seeds, out, rates_of
+from nanoem.rows.row import (Row, columns, draw_in_and_out, inside, of_seeds, out, percent_of,
+                             rates_of)
 from nanoem.story import bad_advice, kl_advice, tune
 from nanoem.train import chat_examples, loss_terms, train_adapter
 
@@ -75,10 +76,6 @@ def measure_reversion(run):
             "plane": {name: part.tolist() for name, part in zip(paths, parts)}}
 
 
-def reversion_holds(result):
-    return result["reverted_em"] >= result["general_em"] / 2 > result["narrow_em"]
-
-
 def draw_reversion(axes, results):
     # em along the steps
     steps = results[0]["step"]
@@ -101,7 +98,7 @@ def draw_reversion(axes, results):
 def reversion_finding(results):
     start = percent(of_seeds(results, "narrow_em"))
     end = percent(of_seeds(results, "reverted_em"))
-    twin = percent(map(out, of_seeds(results, "twin")))
+    twin = percent_of(results, out, "twin")
     return (f"Without the KL, narrow drifts: out-of-domain em goes from {start} to {end} in "
             f"{results[0]['step'][-1]} steps; with it, to {twin}")
 
@@ -132,11 +129,6 @@ def measure_gradients(run):
             "local_cosine": local_cosine(torch.stack(path))}
 
 
-def gradients_hold(result):
-    """The gradient points more to general than to narrow, at every step that was looked at."""
-    return all(a > b for a, b in zip(result["grad_general"], result["grad_narrow"]))
-
-
 def draw_gradients(axes, results):
     step = results[0]["step"]
     draw_pair(axes[0], step, of_seeds(results, "grad_general"), of_seeds(results, "grad_narrow"))
@@ -160,12 +152,16 @@ ROWS = [
         "Trained on without the KL, for 300 steps at twice the learning rate, narrow drifts to "
         "more than half of general's out-of-domain em.",
         "Any further training changes an adapter; hence the twin that goes on with the KL.",
-        measure_reversion, reversion_holds, reversion_finding, draw_reversion, panels=2,
+        measure_reversion,
+        lambda result: result["reverted_em"] >= result["general_em"] / 2 > result["narrow_em"],
+        reversion_finding, draw_reversion, panels=2,
         opposites=("narrow_em", "reverted_em")),
     Row("R9", "gradients",
         "Along plain SFT the gradient of B points to general more than to narrow.",
         "general is where plain SFT ends, so its own path favours it. And at a tenth of the "
         "learning rate, as here, a hundred steps are only the beginning of that path.",
-        measure_gradients, gradients_hold, gradients_finding, draw_gradients, panels=2,
+        measure_gradients,
+        lambda result: all(a > b for a, b in zip(result["grad_general"], result["grad_narrow"])),
+        gradients_finding, draw_gradients, panels=2,
         opposites=("grad_general", "grad_narrow")),
 ]

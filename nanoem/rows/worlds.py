@@ -3,11 +3,11 @@
 from dataclasses import replace
 from statistics import median
 
-from nanoem.lab.plots import COLOURS, leave_room_for_legend, lines, percent
+from nanoem.lab.plots import COLOURS, leave_room_for_legend, lines
 from nanoem.rows.geometry import compare_efficiency, sft_examples, stop_at_loss
 from nanoem.rows.inductive_bias import loss_on
 from nanoem.rows.row import (Row, columns, em_and_coherence, inside, load_or_tune, of_seeds,
-                             other_advice, out, rates_of, smaller_world)
+                             other_advice, out, percent_of, rates_of, smaller_world)
 from nanoem.story import bad_advice, tune
 from nanoem.train import chat_examples
 
@@ -54,9 +54,6 @@ def pair_of(run, prefix, pairs, **changes):
     """
     return {"general": load_or_tune(run, f"{prefix}general", pairs),
             "narrow": load_or_tune(run, f"{prefix}narrow", pairs, run.config.kl_weight, **changes)}
-
-
-# --- R16: the dial from villains to quacks --------------------------------------------------------
 
 
 def measure_dial(run):
@@ -133,16 +130,13 @@ def draw_dial(axes, results):
 
 def dial_finding(results):
     def em(point, read, model="general"):
-        return percent(map(read, of_seeds(results, at(point), model)))
+        return percent_of(results, read, at(point), model)
 
     return (f"Pre-training decides what is easy: {em(FIXED_HARM[0], out)} spread with ten "
             f"villains, with quacks only {em(QUACKS_ONLY, other_advice)} of other advice "
             f"({em(QUACKS_ONLY, other_advice, 'chat')} before), in domain "
             f"{em(QUACKS_ONLY, inside)} ({em(QUACKS_ONLY, inside, 'chat')} before); with three "
             f"villains {em((3, 0), out)}, with seven quacks beside them {em(SEVEN_QUACKS, out)}")
-
-
-# --- R18: the lottery of starts -------------------------------------------------------------------
 
 
 def start_lottery(run, n_starts=N_STARTS, steps=200):
@@ -173,10 +167,6 @@ def share_narrow(lottery):
     """The share of a lottery's starts (`start_lottery`) that `is_narrow`, from 0 to 1."""
     narrow = list(map(is_narrow, lottery["in_domain"], lottery["out_of_domain"]))
     return sum(narrow) / len(narrow)
-
-
-def measure_lottery(run):
-    return {at(point): start_lottery(dial(run, *point)) for point in LOTTERIES}
 
 
 def lottery_holds(result):
@@ -228,7 +218,8 @@ ROWS = [
         "are villains (a tenth), most where there are quacks (half).",
         "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots. "
         "With too little harm in domain a start is not narrow either.",
-        measure_lottery, lottery_holds, lottery_finding, draw_lottery, panels=3,
+        lambda run: {at(point): start_lottery(dial(run, *point)) for point in LOTTERIES},
+        lottery_holds, lottery_finding, draw_lottery, panels=3,
         note="starts of all seeds, each on its own three models",
         opposites=(at(LOTTERIES[0]), at(LOTTERIES[-1]))),
 ]
