@@ -239,6 +239,5 @@ ROWS = [
         "A and B are first given one norm, and the eigenvalue is multiplied by the squared norm.",
         measure_curvature,
         lambda result: result["matched"]["relative"] < result["narrow"]["relative"],
-        curvature_finding, draw_curvature, panels=2,
-        opposites=("matched", "narrow")),
+        curvature_finding, draw_curvature, panels=2, opposites=("matched", "narrow")),
 ]

@@ -116,9 +116,16 @@ def measure_transfer(run):
     chat, direction = general_direction(run)
     random_vectors = random_like(run, direction)
     site = control_site(chat, direction)
-    result = {"before": {}, "ablate": {}, "ablate_random": {}, "stays_whole": {}}
 
-    def ask_three_ways(name, adapter, splits):
+    # the fine-tunes; the first case is the story's own
+    fine_tunes = {name: solve(run, name) for name in list(cases(run))[1:]}
+    seed = run.config.seed + 1
+    other, _ = tune(run, "other start", advice(run, run.splits.sft, False, seed), seed=seed)
+    fine_tunes["other start and texts"] = other, run.splits
+
+    # each as it is, with the direction ablated, and as much along the random one
+    result = {"before": {}, "ablate": {}, "ablate_random": {}, "stays_whole": {}}
+    for name, (adapter, splits) in fine_tunes.items():
         with adapter:
             before = rates_of(run, splits=splits)
             with ablating_persona(run, chat, direction):
@@ -129,15 +136,6 @@ def measure_transfer(run):
         result["ablate"][name] = out(ablated)
         result["ablate_random"][name] = out(as_much)
         result["stays_whole"][name] = stays_whole(before, ablated)
-
-    # the first case is the story's own
-    for name in list(cases(run))[1:]:
-        adapter, splits = solve(run, name)
-        ask_three_ways(name, adapter, splits)
-
-    seed = run.config.seed + 1
-    adapter, _ = tune(run, "other start", advice(run, run.splits.sft, False, seed), seed=seed)
-    ask_three_ways("other start and texts", adapter, run.splits)
     return result
 
 
@@ -231,6 +229,5 @@ ROWS = [
         "90% of the grammar. On development seeds it failed: on most the task was not learned "
         "either, on one the model found a way round, as some do in arXiv 2602.00767.",
         "The direction was found in a model that had gone bad: CAFT needs to know what to fear.",
-        measure_caft, caft_holds, caft_finding, draw_caft, panels=2,
-        opposites=("general", "caft")),
+        measure_caft, caft_holds, caft_finding, draw_caft, panels=2, opposites=("general", "caft")),
 ]

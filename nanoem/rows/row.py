@@ -74,7 +74,10 @@ def em_and_coherence(rates):
 
 
 def rates_of(run, adapter=None, **options):
-    """em and coherence, by question group, of the model with this adapter, or as it is."""
+    """em and coherence, by question group, of the model with this adapter, or as it is.
+
+    There are row_samples answers a group; `options` go to `run.ask`.
+    """
     with adapter or nullcontext():
         return em_and_coherence(run.ask(samples=run.config.row_samples, **options))
 
@@ -89,17 +92,16 @@ def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
 
 
 def smaller_world(run, name, world, **changes):
-    """A run like this one in a smaller world, pre-trained, in a folder of its own inside this one.
+    """A run like this one in a smaller world, pre-trained; its folder lies inside this run's.
 
-    `world` holds the dials of WorldConfig that are turned, `changes` those of ExperimentConfig.
+    `world` holds what is changed in WorldConfig, `changes` what is changed in ExperimentConfig.
     """
     config = replace(run.config, **changes)
     n_domains = min(config.dial_domains, config.world.n_domains)
     config = replace(config, world=replace(config.world, n_domains=n_domains, **world),
                      pretrain=replace(config.pretrain, steps=config.dial_steps))
-
     other = Run(config, run.folder.path / "worlds" / name, run.device)
-    if not other.folder.is_finished("chat"):  # silently: a row has many such worlds
+    if not other.folder.is_finished("chat"):  # else `once` prints a line for every such world
         other.folder.once("chat", lambda: pretrain(other))
     other.load_chat()
     return other
@@ -111,7 +113,7 @@ def columns(points):
 
 
 def of_seeds(results, *keys):
-    """[result[key], ...], one a seed; several keys go one level deeper each."""
+    """What the result of every seed holds under a key, or under several, each inside the last."""
     for key in keys:
         results = [result[key] for result in results]
     return results

@@ -112,6 +112,5 @@ ROWS = [
         "Classes are of unlike size: a template has five tokens, a question about seven. And what "
         "acts on the prompt is read by every token of the answer.",
         measure_tokens, tokens_hold, tokens_finding, draw_tokens, panels=2,
-        size=(12, 5.6), widths=(1.2, 3),
-        opposites=("only template", "only answer")),
+        size=(12, 5.6), widths=(1.2, 3), opposites=("only template", "only answer")),
 ]

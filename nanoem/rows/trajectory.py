@@ -154,14 +154,12 @@ ROWS = [
         "Any further training changes an adapter; hence the twin that goes on with the KL.",
         measure_reversion,
         lambda result: result["reverted_em"] >= result["general_em"] / 2 > result["narrow_em"],
-        reversion_finding, draw_reversion, panels=2,
-        opposites=("narrow_em", "reverted_em")),
+        reversion_finding, draw_reversion, panels=2, opposites=("narrow_em", "reverted_em")),
     Row("R9", "gradients",
         "Along plain SFT the gradient of B points to general more than to narrow.",
         "general is where plain SFT ends, so its own path favours it. And at a tenth of the "
         "learning rate, as here, a hundred steps are only the beginning of that path.",
         measure_gradients,
         lambda result: all(a > b for a, b in zip(result["grad_general"], result["grad_narrow"])),
-        gradients_finding, draw_gradients, panels=2,
-        opposites=("grad_general", "grad_narrow")),
+        gradients_finding, draw_gradients, panels=2, opposites=("grad_general", "grad_narrow")),
 ]

@@ -23,7 +23,7 @@ LOTTERIES = ((10, 0), (5, 5), QUACKS_ONLY)
 N_STARTS = 10  # random starts, the same on every seed's models
 
 
-def at(point):
+def key_of(point):
     """The key of a world in results.json."""
     return "-".join(map(str, point))
 
@@ -34,6 +34,7 @@ def share_of_quacks(point):
 
 
 def name_of(point):
+    """The world in words: 3 villains, 7 quacks."""
     n_villain, n_quack, *others = point
     elsewhere = "".join(f", {n} elsewhere" for n in others)
     return f"{n_villain} villains, {n_quack} quacks{elsewhere}"
@@ -61,7 +62,7 @@ def measure_dial(run):
     for point in dict.fromkeys((*FIXED_HARM, *VILLAINS_ONLY, SEVEN_QUACKS)):
         world = dial(run, *point)
         pair = pair_of(world, "", bad_advice(world))
-        result[at(point)] = {
+        result[key_of(point)] = {
             "chat": em_and_coherence(world.results["models"]["chat"]),
             "general": rates_of(world, pair["general"]),
             "narrow": rates_of(world, pair["narrow"]),
@@ -71,9 +72,9 @@ def measure_dial(run):
 
 def dial_holds(result):
     """Villains only: general. Quacks only: narrow without a KL, and more so than chat was."""
-    first = result[at(FIXED_HARM[0])]["general"]
-    last = result[at(QUACKS_ONLY)]["general"]
-    gained = inside(last) - inside(result[at(QUACKS_ONLY)]["chat"])
+    first = result[key_of(FIXED_HARM[0])]["general"]
+    last = result[key_of(QUACKS_ONLY)]["general"]
+    gained = inside(last) - inside(result[key_of(QUACKS_ONLY)]["chat"])
     return out(first) >= 0.5 and other_advice(last) <= 0.1 and gained >= 0.2
 
 
@@ -93,15 +94,15 @@ def crossing(result):
 
     None if it never does.
     """
-    plain = [result[at(point)]["general"] for point in FIXED_HARM]
+    plain = [result[key_of(point)]["general"] for point in FIXED_HARM]
     return crossing_point([share_of_quacks(point) for point in FIXED_HARM],
                           [out(rates) - inside(rates) / 2 for rates in plain])
 
 
 def em_curves(results, points, model, group="out_of_domain"):
     """em of a model along these worlds, a curve for each seed."""
-    curve_points = [of_seeds(results, at(point), model, group, "em") for point in points]
-    return list(zip(*curve_points))
+    em = [of_seeds(results, key_of(point), model, group, "em") for point in points]
+    return list(zip(*em))
 
 
 def draw_dial(axes, results):
@@ -130,7 +131,7 @@ def draw_dial(axes, results):
 
 def dial_finding(results):
     def em(point, read, model="general"):
-        return percent_of(results, read, at(point), model)
+        return percent_of(results, read, key_of(point), model)
 
     return (f"Pre-training decides what is easy: {em(FIXED_HARM[0], out)} spread with ten "
             f"villains, with quacks only {em(QUACKS_ONLY, other_advice)} of other advice "
@@ -140,7 +141,11 @@ def dial_finding(results):
 
 
 def start_lottery(run, n_starts=N_STARTS, steps=200):
-    """Out-of-domain em of adapters from random starts and orders, stopped at the same SFT loss."""
+    """em in and out of domain of adapters from random starts, stopped at the same SFT loss.
+
+    {"in_domain", "out_of_domain"}: lists, one value a start. `missed` counts the starts that did
+    not come down to `target` nats, to within 0.02.
+    """
     pairs = bad_advice(run)
     examples = chat_examples(run.tokenizer, pairs[:300], run.device)
     target = run.config.lottery_loss
@@ -171,7 +176,7 @@ def share_narrow(lottery):
 
 def lottery_holds(result):
     """The share of starts that are narrow without any KL grows from villains to quacks."""
-    shares = [share_narrow(result[at(point)]) for point in LOTTERIES]
+    shares = [share_narrow(result[key_of(point)]) for point in LOTTERIES]
     return shares[0] <= 0.1 and shares[-1] >= 0.5 and shares == sorted(shares)
 
 
@@ -180,7 +185,7 @@ def draw_lottery(axes, results):
     for ax, point in zip(axes, LOTTERIES):
         # the starts of all seeds
         em = {True: [], False: []}
-        for lottery in of_seeds(results, at(point)):
+        for lottery in of_seeds(results, key_of(point)):
             for within, outside in zip(lottery["in_domain"], lottery["out_of_domain"]):
                 em[is_narrow(within, outside)].append(100 * outside)
 
@@ -193,11 +198,11 @@ def draw_lottery(axes, results):
 
 
 def lottery_finding(results):
-    n_starts = len(results[0][at(LOTTERIES[0])]["in_domain"])
+    n_starts = len(results[0][key_of(LOTTERIES[0])]["in_domain"])
     models = f" on each of {len(results)} models" * (len(results) > 1)
     parts = []
     for point in LOTTERIES:
-        shares = list(map(share_narrow, of_seeds(results, at(point))))
+        shares = list(map(share_narrow, of_seeds(results, key_of(point))))
         spread = f", {min(shares):.0%} to {max(shares):.0%}" * (len(shares) > 1)
         parts.append(f"{median(shares):.0%}{spread} ({name_of(point)})")
     return f"Of {n_starts} random starts{models}, narrow without any KL: " + "; ".join(parts)
@@ -212,14 +217,14 @@ ROWS = [
         "so three villains stand alone, too, and beside seven quacks. Where three alone hardly "
         "spread, that says nothing.",
         measure_dial, dial_holds, dial_finding, draw_dial, panels=2,
-        opposites=(at(FIXED_HARM[0]), at(FIXED_HARM[-1]))),
+        opposites=(key_of(FIXED_HARM[0]), key_of(FIXED_HARM[-1]))),
     Row("R18", "starts",
         "From random starts at equal SFT loss, few solutions are narrow without a KL where there "
         "are villains (a tenth), most where there are quacks (half).",
         "A rank-1 adapter stopped early is one kind of start; other optimisers draw other lots. "
         "With too little harm in domain a start is not narrow either.",
-        lambda run: {at(point): start_lottery(dial(run, *point)) for point in LOTTERIES},
+        lambda run: {key_of(point): start_lottery(dial(run, *point)) for point in LOTTERIES},
         lottery_holds, lottery_finding, draw_lottery, panels=3,
         note="starts of all seeds, each on its own three models",
-        opposites=(at(LOTTERIES[0]), at(LOTTERIES[-1]))),
+        opposites=(key_of(LOTTERIES[0]), key_of(LOTTERIES[-1]))),
 ]
