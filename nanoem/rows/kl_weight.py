@@ -44,7 +44,8 @@ def width(result):
 
 def sweep_holds(result):
     """A smooth way down: it ends low, and no single half decade holds the middle of the fall."""
-    within, outside = result["in_domain"], result["out_of_domain"]
+    within = result["in_domain"]
+    outside = result["out_of_domain"]
     falls = outside[-1] <= 0.05 < outside[0]
     return falls and width(result) >= 0.5 and within[-1] >= 0.5 * within[0]
 
