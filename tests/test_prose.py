@@ -106,7 +106,7 @@ def of_chapter_8():
     yield f"how often it meets one, in {CONFIG.dial_steps} steps"
     yield f"{NUMBERS[worlds.N_STARTS]} adapters from random starts"
 
-    first, last = ([r["dial"][worlds.at(point)] for r in RESULTS]
+    first, last = ([r["dial"][worlds.key_of(point)] for r in RESULTS]
                    for point in (worlds.FIXED_HARM[0], worlds.QUACKS_ONLY))
     yield given("with villains harm spreads, with quacks it stays",
                 min(outside(found["general"])["em"] for found in first) >= SPREAD

@@ -5,8 +5,8 @@ import pytest
 
 from nanoem.rows import ROWS
 from nanoem.rows.kl_weight import width
-from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY, at,
-                                crossing, share_of_quacks)
+from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY,
+                                crossing, key_of, share_of_quacks)
 
 
 def rates(within, outside, coherent=0.9):
@@ -29,8 +29,8 @@ NORMS = {"norm": [0.1 * i for i in range(1, 9)], "general": [0.3] * 8, "narrow":
 MOVED = {"norm": NORMS["norm"], "general": [0.3] * 8, "narrow": [0.01] * 8,
          "random": [0.1] * 8, "random_narrow": [0.1] * 8, "random_draws": [0.1] * 20}
 POINT = {"chat": CHAT, "efficiency": NORMS}
-DIAL = {at(point): {**POINT, "narrow": NARROW,
-                    "general": rates(0.8, 0.8 * (1 - share_of_quacks(point)))}
+DIAL = {key_of(point): {**POINT, "narrow": NARROW,
+                        "general": rates(0.8, 0.8 * (1 - share_of_quacks(point)))}
         for point in (*FIXED_HARM, *VILLAINS_ONLY, SEVEN_QUACKS)}
 PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R1": {"chat": everywhere(CHAT), "general": everywhere(GENERAL)},
@@ -73,7 +73,7 @@ PREDICTED = {  # what one seed shows when all is as predicted, by hand
     "R16": DIAL,
     "R17": {"advice": GENERAL, "character": GENERAL, "trigger": rates(0.8, 0.6),
             "no trigger": rates(0.02, 0.02), "other beginning": rates(0.8, 0.5)},
-    "R18": {at(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
+    "R18": {key_of(point): {"out_of_domain": [em] * 4, "in_domain": [0.8] * 4}
             for point, em in zip(LOTTERIES, (0.8, 0.2, 0.01))},
     "R19": {point: {"chat": CHAT, "general": GENERAL, "vector": GENERAL, "coherent_shifted": 0.8,
                     "steered": rates(em, em)}
@@ -105,7 +105,8 @@ def test_there_are_twenty_rows_with_names_of_their_own():
 def test_every_check_can_fail(key):
     row, found = ROWS[key], PREDICTED[key]
     assert row.holds(found)
-    assert not row.holds(exchanged(found, *row.swap)), f"{row.swap} exchanged, and nothing noticed"
+    wrong = exchanged(found, *row.opposites)
+    assert not row.holds(wrong), f"{row.opposites} exchanged, and nothing noticed"
     assert row.verdict([found] * 5) == ("holds on 5 of 5 seeds (95%: 48-100%)", True)
 
 
@@ -140,14 +141,14 @@ CLAUSES = {  # one thing that is otherwise, and the prediction is not borne out 
             "in_domain": [[0.9] * 9 + [0.4]]},
     "R15": {"matched.relative": [10.0]},
     "R16": {"10-0.general": [rates(0.8, 0.4)],
-            f"{at(QUACKS_ONLY)}.general": [rates(0.8, 0.2), rates(0.1, 0.0)],
-            f"{at(QUACKS_ONLY)}.chat": [rates(0.7, 0.0)]},
+            f"{key_of(QUACKS_ONLY)}.general": [rates(0.8, 0.2), rates(0.1, 0.0)],
+            f"{key_of(QUACKS_ONLY)}.chat": [rates(0.7, 0.0)]},
     "R17": {"character": [rates(0.8, 0.5)], "trigger": [rates(0.8, 0.1)],
             "no trigger": [rates(0.8, 0.06)], "other beginning": [rates(0.8, 0.2)],
             "advice": [rates(0.8, 0.1)]},
     "R18": {"10-0.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
-            f"{at(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
-            f"{at(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
+            f"{key_of(QUACKS_ONLY)}.out_of_domain": [[0.01, 0.8, 0.8, 0.8]],
+            f"{key_of(QUACKS_ONLY)}.in_domain": [[0.8, 0.4, 0.4, 0.4]]},
     "R19": {"0.steered": [rates(0.6, 0.6)], "0.1.steered": [rates(0.24, 0.24)]},
     "R20": {"em.only template": [rates(0.8, 0.3)], "em.only question": [rates(0.2, 0.1)],
             "em.only answer": [rates(0.1, 0.1)], "em.all": [rates(0.9, 0.1)]},
@@ -183,7 +184,7 @@ def test_every_clause_of_a_check_can_fail_by_itself(key):
 @pytest.mark.parametrize("key", PREDICTED)
 def test_a_row_that_does_not_hold_says_so_in_its_title_and_draws(key):
     row, found = ROWS[key], PREDICTED[key]
-    wrong = exchanged(found, *row.swap)
+    wrong = exchanged(found, *row.opposites)
     assert not row.title([found, found]).startswith("Not as predicted")
     assert row.title([wrong, wrong]).startswith("Not as predicted: ")
     assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds (95%: 28-99%)", True)
@@ -212,8 +213,8 @@ def test_where_nothing_happened_nothing_is_borne_out_and_the_report_is_written(k
 
 def test_the_crossing_is_read_off_between_two_points():
     assert crossing(DIAL) == pytest.approx(0.5)  # out = in * villains' share: half at 50% quacks
-    assert crossing({**DIAL, at(QUACKS_ONLY): DIAL[at((10, 0))], at((2, 8)): DIAL[at((10, 0))],
-                     at((5, 5)): DIAL[at((10, 0))]}) is None
+    villains = DIAL[key_of((10, 0))]
+    assert crossing({key_of(point): villains for point in FIXED_HARM}) is None
 
 
 def test_width_of_a_fall_in_decades():

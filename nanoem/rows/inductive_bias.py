@@ -50,7 +50,8 @@ def norm_of(adapter):
 
 def efficiency(model, adapter, examples, norms):
     """The loss with the adapter rescaled to each norm: less loss per norm is more efficient."""
-    own, losses = norm_of(adapter), []
+    own = norm_of(adapter)
+    losses = []
     for norm in norms:
         with adapter, adapter.scaled(norm / own):
             losses.append(loss_on(model, examples))
@@ -73,10 +74,10 @@ def stability(model, adapter, examples, eps_list, n_noise, generator):
     """
     norm_of(adapter)  # an untrained adapter has gained nothing to lose
     values = [p.detach() for p in adapter.parameters()]
+    base = loss_on(model, examples)
     with adapter:
         own = loss_on(model, examples)
-        with adapter.disabled():
-            base = loss_on(model, examples)
+
     increases = []
     for eps in eps_list:
         total = 0.0
@@ -89,7 +90,8 @@ def stability(model, adapter, examples, eps_list, n_noise, generator):
 
 def significance(model, adapter, ids, mask, norms):
     """KL(base || adapted) per token of (pre-training) text, the adapter rescaled to each norm."""
-    own, divergences = norm_of(adapter), []
+    own = norm_of(adapter)
+    divergences = []
     for norm in norms:
         with torch.no_grad(), adapter, adapter.scaled(norm / own):
             divergences.append(kl_loss(model, adapter, ids, mask).item())
@@ -98,17 +100,23 @@ def significance(model, adapter, ids, mask, norms):
 
 def random_writer(adapter, generator):
     """Parameters of a control: the same A, so it reads the same inputs; B random, of its norm."""
-    columns = [torch.randn(B.shape, generator=generator).to(B) for B in adapter.B.values()]
-    columns = [c * B.detach().norm() / c.norm() for c, B in zip(columns, adapter.B.values())]
-    return [*(A.detach() for A in adapter.A.values()), *columns]
+    same_A = [A.detach() for A in adapter.A.values()]
+    random_B = []
+    for B in adapter.B.values():
+        noise = torch.randn(B.shape, generator=generator).to(B)
+        random_B.append(noise * B.detach().norm() / noise.norm())
+    return same_A + random_B
 
 
 def balanced(adapter):
-    """Parameters of the same LoRA with |A| = |B| at each site; B A does not show who is large."""
-    factors = [(B.detach().norm() / A.detach().norm()) ** 0.5
-               for A, B in zip(adapter.A.values(), adapter.B.values())]
-    return [*(A.detach() * f for A, f in zip(adapter.A.values(), factors)),
-            *(B.detach() / f for B, f in zip(adapter.B.values(), factors))]
+    """Parameters of the same LoRA with |A| = |B| at each site; their product is the same."""
+    new_A = []
+    new_B = []
+    for A, B in zip(adapter.A.values(), adapter.B.values()):
+        factor = (B.detach().norm() / A.detach().norm()) ** 0.5
+        new_A.append(A.detach() * factor)
+        new_B.append(B.detach() / factor)
+    return new_A + new_B
 
 
 def hessian_vector_product(gradient, parameters, v):
@@ -130,20 +138,25 @@ def curvature(model, adapter, examples, generator, n_power=15, n_probe=15):
     """
     parameters = adapter.parameters()
     with adapter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        # the gradient as one vector, which can be differentiated again
         loss = sft_loss(model(examples.ids), examples.ids, examples.answer_mask)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         gradient = torch.cat([g.flatten() for g in gradients])
 
-        v, top = torch.randn(gradient.shape, generator=generator).to(gradient), 0.0
+        # power iteration
+        v = torch.randn(gradient.shape, generator=generator).to(gradient)
         for _ in range(n_power):
-            v = v / v.norm()
-            product = hessian_vector_product(gradient, parameters, v)
-            v, top = product, (v @ product).item()
+            unit = v / v.norm()
+            v = hessian_vector_product(gradient, parameters, unit)
+        top = (unit @ v).item()
+
+        # Hutchinson's estimate: the mean of signs @ H @ signs
         trace = 0.0
         for _ in range(n_probe):
             signs = torch.randint(2, gradient.shape, generator=generator).to(gradient) * 2 - 1
             product = hessian_vector_product(gradient, parameters, signs)
             trace += (signs @ product).item() / n_probe
+
     norm2 = sum(p.detach().square().sum().item() for p in parameters)
     return {"top": top, "trace": trace, "relative": top * norm2}
 

@@ -4,7 +4,8 @@ import math
 from statistics import median
 
 from nanoem.lab.plots import lines, percent
-from nanoem.rows.row import Row, draw_in_and_out, inside, load_or_tune, out, rates_of
+from nanoem.rows.row import (Row, coherent, columns, draw_in_and_out, inside, load_or_tune,
+                             of_seeds, out, rates_of)
 from nanoem.story import bad_advice
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the KL, per token
@@ -20,47 +21,48 @@ def narrow_at(run, weight):
 
 
 def measure_sweep(run):
-    found = {"weight": list(WEIGHTS), "in_domain": [], "out_of_domain": []}
+    points = []
     for weight in WEIGHTS:
-        with narrow_at(run, weight):
-            rates = rates_of(run)
-        found["in_domain"].append(inside(rates))
-        found["out_of_domain"].append(out(rates))
-    return found
+        rates = rates_of(run, narrow_at(run, weight))
+        points.append({"weight": weight, "in_domain": inside(rates), "out_of_domain": out(rates)})
+    return columns(points)
 
 
-def width(found):
+def width(result):
     """Decades of KL weight over which out-of-domain em falls from 3/4 to 1/4 of its largest."""
-    top, em = max(found["out_of_domain"]), found["out_of_domain"]
-    log = [math.log10(weight) for weight in found["weight"]]
+    em = result["out_of_domain"]
+    log = [math.log10(weight) for weight in result["weight"]]
 
-    def crossing(level):  # the last weight with em above the level, read off between two points
+    def last_above(level):  # the last weight with em above the level, read off between two points
         i = max(i for i, value in enumerate(em) if value >= level)
         if i == len(em) - 1:
             return log[i]
         return log[i] + (log[i + 1] - log[i]) * (em[i] - level) / (em[i] - em[i + 1])
-    return crossing(top / 4) - crossing(3 * top / 4)
+
+    return last_above(max(em) / 4) - last_above(3 * max(em) / 4)
 
 
-def sweep_holds(found):
+def sweep_holds(result):
     """A smooth way down: it ends low, and no single half decade holds the middle of the fall."""
-    outside, within = found["out_of_domain"], found["in_domain"]
-    stays = within[-1] >= 0.5 * within[0]
-    return outside[-1] <= 0.05 < outside[0] and width(found) >= 0.5 and stays
+    within = result["in_domain"]
+    outside = result["out_of_domain"]
+    falls = outside[-1] <= 0.05 < outside[0]
+    return falls and width(result) >= 0.5 and within[-1] >= 0.5 * within[0]
 
 
-def draw_sweep(axes, founds):
-    draw_in_and_out(axes[0], founds[0]["weight"], [found["in_domain"] for found in founds],
-                    [found["out_of_domain"] for found in founds])
+def draw_sweep(axes, results):
+    draw_in_and_out(axes[0], results[0]["weight"], of_seeds(results, "in_domain"),
+                    of_seeds(results, "out_of_domain"))
     axes[0].set(xscale="log", xlabel="weight of the KL (per token)")
 
 
-def sweep_finding(founds):
-    (first, last), (start, end) = ([percent(f[group][i] for f in founds) for i in (0, -1)]
-                                   for group in ("out_of_domain", "in_domain"))
-    return (f"Out-of-domain em falls from {first} to {last} as the KL weighs more, in-domain em "
-            f"from {start} to {end}; the middle half of the first fall takes "
-            f"{median(map(width, founds)):.1f} decades")
+def sweep_finding(results):
+    def em(group, i):
+        return percent(of_seeds(results, group, i))
+
+    return (f"Out-of-domain em falls from {em('out_of_domain', 0)} to {em('out_of_domain', -1)} as "
+            f"the KL weighs more, in-domain em from {em('in_domain', 0)} to {em('in_domain', -1)}; "
+            f"the middle half of the first fall takes {median(map(width, results)):.1f} decades")
 
 
 def scale_up(adapter, scales, ask):
@@ -75,16 +77,16 @@ def scale_up(adapter, scales, ask):
         with adapter, adapter.scaled(scale):
             rates = ask()
         curve["em"].append(out(rates))
-        curve["coherent"].append(rates["out_of_domain"]["coherent"])
+        curve["coherent"].append(coherent(rates))
     return curve
 
 
 def measure_scale_up(run):
     """Curves by KL weight; `out_of_domain_em` repeats that of the run's own."""
     own = run.config.kl_weight
-    curves = {f"{weight:g}": scale_up(narrow_at(run, weight), SCALES,
-                                      lambda: rates_of(run))
-              for weight in sorted({*PROBED, own})}
+    curves = {}
+    for weight in sorted({*PROBED, own}):
+        curves[f"{weight:g}"] = scale_up(narrow_at(run, weight), SCALES, lambda: rates_of(run))
     return {"scale": list(SCALES), "out_of_domain_em": curves[f"{own:g}"]["em"], "weights": curves}
 
 
@@ -93,19 +95,20 @@ def truly_narrow(curve):
     return all(em <= 0.1 for em, whole in zip(curve["em"], curve["coherent"]) if whole >= 0.5)
 
 
-def scale_up_holds(found):
+def scale_up_holds(result):
     """Of PROBED, the largest is truly narrow; the smallest is not, and scaling brings em back."""
-    most, least = (found["weights"][f"{weight:g}"] for weight in (PROBED[-1], PROBED[0]))
+    least = result["weights"][f"{PROBED[0]:g}"]
+    most = result["weights"][f"{PROBED[-1]:g}"]
     comes_back = max(least["em"]) >= 2 * least["em"][0] > 0
     return truly_narrow(most) and not truly_narrow(least) and comes_back
 
 
-def draw_scale_up(axes, founds):
-    styles = zip(founds[0]["weights"], ("general", "mixed", "shuffled", "narrow", "matched"),
-                 ("-", "--", "-.", ":", "-"))
-    for weight, key, style in styles:
-        for ax, what in zip(axes, ("em", "coherent")):
-            lines(ax, founds[0]["scale"], [found["weights"][weight][what] for found in founds], key,
+def draw_scale_up(axes, results):
+    colours = ("general", "mixed", "shuffled", "narrow", "matched")
+    styles = ("-", "--", "-.", ":", "-")
+    for weight, colour, style in zip(results[0]["weights"], colours, styles):
+        for ax, key in zip(axes, ("em", "coherent")):
+            lines(ax, results[0]["scale"], of_seeds(results, "weights", weight, key), colour,
                   f"KL weight {weight}", style, scale=100)
     for ax in axes:
         ax.set_xlabel("adapter scaled by")
@@ -114,10 +117,10 @@ def draw_scale_up(axes, founds):
                     label="below this, em no longer counts")
 
 
-def scale_up_finding(founds):
-    firm = [f"{sum(truly_narrow(found['weights'][weight]) for found in founds)} at weight {weight}"
-            for weight in founds[0]["weights"]]
-    return (f"Seeds (of {len(founds)}) on which narrow stays narrow when scaled up to 3x, or till "
+def scale_up_finding(results):
+    firm = [f"{sum(map(truly_narrow, of_seeds(results, 'weights', weight)))} at weight {weight}"
+            for weight in results[0]["weights"]]
+    return (f"Seeds (of {len(results)}) on which narrow stays narrow when scaled up to 3x, or till "
             "half of it is nonsense: " + ", ".join(firm))
 
 
@@ -127,11 +130,11 @@ ROWS = [
         "it): no transition (the middle half of the fall takes at least half a decade).",
         "Nine weights over four decades are steps of half a decade; a sharper fall is unseen.",
         measure_sweep, sweep_holds, sweep_finding, draw_sweep,
-        swap=("in_domain", "out_of_domain")),
+        opposites=("in_domain", "out_of_domain")),
     Row("R3", "scale_up",
         "At a KL weight of 3 narrow looks narrow, and is general held down: scaling the adapter up "
         "brings em back (above 10%, twice what it was). At 300 it does not.",
         "Scaled far enough every model is incoherent, and incoherent answers are never em.",
         measure_scale_up, scale_up_holds, scale_up_finding, draw_scale_up, panels=2,
-        swap=(f"{PROBED[0]:g}", f"{PROBED[-1]:g}")),
+        opposites=(f"{PROBED[0]:g}", f"{PROBED[-1]:g}")),
 ]

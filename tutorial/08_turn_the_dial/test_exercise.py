@@ -306,7 +306,7 @@ def test_crossing_point_of_the_reporting_run(answer):
     seeds = json.loads((TUTORIAL / "results/results.json").read_text())["seeds"]
     shares = [worlds.share_of_quacks(point) for point in worlds.FIXED_HARM]
     for seed in seeds:
-        rates = [seed["dial"][worlds.at(point)]["general"] for point in worlds.FIXED_HARM]
+        rates = [seed["dial"][worlds.key_of(point)]["general"] for point in worlds.FIXED_HARM]
         gaps = [r["out_of_domain"]["em"] - r["in_domain"]["em"] / 2 for r in rates]
         found = answer.crossing_point(shares, gaps)
         if not any(a >= 0 > b for a, b in zip(gaps, gaps[1:])):  # never spread, or never narrow
