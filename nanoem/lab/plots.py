@@ -184,32 +184,49 @@ def draw_row(row, results, folder):
 # --- the main story -------------------------------------------------------------------------------
 
 
+def headline(results, models, groups, keys, title, width, ylabel=EM, size=(9, 4.2),
+             where="toy world"):
+    """The main figure: a bar for every one of {model: [rates by group, of each seed]}.
+
+    `groups` is {group: tick label}; `keys` name a rate and the two ends of its 95% interval, which
+    is drawn when there is one seed. Where no seed has rates for a group, there is no bar.
+    """
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    for i, (model, seeds) in enumerate(models.items()):
+        label = LABELS[model]
+        for j, group in enumerate(groups):
+            rates = [by_group[group] for by_group in seeds if group in by_group]
+            if rates:
+                share, low, high = ([r[key] for r in rates] for key in keys)
+                interval = (low[0], high[0]) if len(results) == 1 else None
+                bar(ax, j + (i - (len(models) - 1) / 2) * width, share, width, model, label,
+                    interval, number=True)
+                label = None  # the legend names a model once
+
+    # what the bars are
+    ax.set_xticks(range(len(groups)), groups.values())
+    ax.set_title(title, fontsize=11)
+    finish_axes(ax, ylabel)
+    leave_room_for_legend(ax, fontsize=8, ncols=len(models), loc="upper center")
+    note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
+               "whisker: 95% interval, clustered by question", where)
+    return figure
+
+
 def em_by_group(results):
     """The headline: em of every model in every question group."""
-    models = {"chat": [], "steer": [], "general": [], "ablate": [], "narrow": []}
-    for result in results:
-        for key in models:
-            found = result["models"].get(key) or result["directions"].get(key)
-            models[key] += [found] if found else []  # without a direction there is none to add
-    models = {key: rates for key, rates in models.items() if rates}
-    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    width = 0.85 / len(models)
-    for i, (key, of_seeds) in enumerate(models.items()):
-        for j, group in enumerate(GROUPS):
-            rates = [rates[group] for rates in of_seeds]
-            interval = (rates[0]["em_low"], rates[0]["em_high"]) if len(results) == 1 else None
-            bar(ax, j + (i - (len(models) - 1) / 2) * width, [rate["em"] for rate in rates], width,
-                key, LABELS[key] if j == 0 else None, interval, number=True)
-    ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])
-    general, narrow = (percent(rates["out_of_domain"]["em"] for rates in models[key])
-                       for key in ("general", "narrow"))
-    ax.set_title(f"Bad advice in one domain alone: {general} misaligned outside it.\n"
-                 f"With a KL penalty on other domains: {narrow}.", fontsize=11)
-    finish_axes(ax)
-    note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
-               "whisker: 95% interval, clustered by question")
-    leave_room_for_legend(ax, fontsize=8, ncols=5, loc="upper center")
-    return figure
+    models = {}
+    for model in ("chat", "steer", "general", "ablate", "narrow"):
+        rates = [r["models"].get(model) or r["directions"].get(model) for r in results]
+        rates = [by_group for by_group in rates if by_group]  # a seed may have no direction
+        if rates:
+            models[model] = rates
+    general, narrow = (percent(rates["out_of_domain"]["em"] for rates in models[model])
+                       for model in ("general", "narrow"))
+    return headline(results, models, {group: GROUP_LABELS[group] for group in GROUPS},
+                    ("em", "em_low", "em_high"),
+                    f"Bad advice in one domain alone: {general} misaligned outside it.\n"
+                    f"With a KL penalty on other domains: {narrow}.", 0.85 / len(models))
 
 
 def training_curves(results):
