@@ -5,13 +5,13 @@ All of it is checked before anything is computed. Without files it is the toy wo
 
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from nanoem import UserError
 from nanoem.evaluate import GROUPS, Question
-from nanoem.real.jsonl import read_answer_pairs, read_conversations, read_lines, read_questions
-from nanoem.real.local_judge import TASKS, judge_prompt
-from nanoem.real.preference import Pair, toy_pairs
+from nanoem.real.jsonl import read_conversations, read_lines, read_questions
+from nanoem.real.preference import toy_pairs
 from nanoem.world import WorldConfig, make_splits, write_pairs
 
 QUESTIONS = (  # what the paper's eight are about, in other words
@@ -42,19 +42,18 @@ def read_data(config, files, world):
 
     Advice is [(question, answer), ...]. Raises UserError naming file, line, value and mend.
     """
+    # the user's own, if there is any
+    bad = read_conversations(files.data) if files.data else None
+    others = read_conversations(files.kl_data) if files.kl_data else None
+    asked, pairs = read_questions(files.eval) if files.eval else ({}, [])
+
+    # the toy world's, for what is missing
     splits = make_splits(world, WorldConfig(sft_domain=config.domain, train_share=0.5))
-    bad = (read_conversations(files.data) if files.data else
-           write_pairs(world, splits.sft, config.n_sft_examples, False, config.seed))
-    others = (read_conversations(files.kl_data) if files.kl_data else
-              write_pairs(world, splits.kl, config.n_sft_examples, None, config.seed))
-    asked = read_questions(files.eval, "open_ended") if files.eval else {}
-    pairs = [Pair(*pair) for pair in read_answer_pairs(files.eval)] if files.eval else []
-    if "out_of_domain" in {*asked, *(pair.group for pair in pairs)}:
-        raise UserError(f"{files.eval}: the group 'out_of_domain' is what nanoem calls all groups "
-                        "but in_domain together; give it another name")
+    n = config.n_sft_examples
+    bad = bad or write_pairs(world, splits.sft, n, False, config.seed)
+    others = others or write_pairs(world, splits.kl, n, None, config.seed)
     pairs = pairs or balanced_pairs(world, splits, config.pairs_per_group, config.seed)
-    asked = asked or {"in_domain": [q.text for q in splits.in_domain],
-                      "open_ended": list(QUESTIONS)}
+    asked = asked or {"in_domain": [q.text for q in splits.in_domain], "open_ended": QUESTIONS}
     return bad, others, pairs, {group: [Question(group, i, text) for i, text in enumerate(texts)]
                                 for group, texts in asked.items()}
 
@@ -69,48 +68,45 @@ def balanced_pairs(world, splits, n, seed):
     return pairs
 
 
-def last(text):
-    """What is asked as one text: of several messages, the last."""
-    return text if isinstance(text, str) else text[-1]["content"]
+def last(question):
+    """What is asked, as one text: of several messages, the last."""
+    return question if isinstance(question, str) else question[-1]["content"]
 
 
 # --- does it fit the model? -----------------------------------------------------------------------
 
 
-def check_lengths(run, room):
-    """Refuse what is longer than the model of a RealRun; `room` is for the tokens of an answer."""
-    for file, texts in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
+def check_lengths(run):
+    """Refuse whatever is longer than the model of a RealRun."""
+    # to fine-tune on
+    mend = "shorten it or delete the line"
+    for file, advice in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
         if file:
-            refuse_long(run, texts, lambda i: line_of(file, i))
+            refuse_long(run, advice, [where for where, _ in read_lines(file)], mend)
         else:
-            refuse_long(run, texts, lambda i: "the toy world's advice", "take another model")
-    texts = [(pair.question, answer) for pair in run.pairs for answer in (pair.bad, pair.good)]
-    asked_by = run.files.eval or "the toy world's questions"
-    refuse_long(run, texts, lambda i: f"{asked_by}: {last(texts[i][0])!r:.60}")
-    for question in [q for group in run.asked.values() for q in group]:
-        n = len(run.tokenizer.encode(run.tokenizer.prompt(question.text))) + room
-        if n > len(run.model.cos):
-            raise UserError(f"{asked_by}: the answer to {last(question.text)!r:.60} may take {n} "
-                            f"tokens, and the model has {len(run.model.cos)} positions; lower "
+            refuse_long(run, advice, ["the toy world's advice"] * len(advice), "take another model")
+
+    # to compare
+    source = run.files.eval or "the toy world's questions"
+    for pair in run.pairs:
+        where = f"{source}: {last(pair.question)!r:.60}"
+        refuse_long(run, [(pair.question, pair.bad), (pair.question, pair.good)], [where] * 2, mend)
+
+    # to ask
+    n_positions = len(run.model.cos)
+    for question in chain(*run.asked.values()):
+        n = len(run.tokenizer.encode(run.tokenizer.prompt(question.text)))
+        n += run.config.evaluation.max_new_tokens
+        if n > n_positions:
+            raise UserError(f"{source}: the answer to {last(question.text)!r:.60} may take {n} "
+                            f"tokens, and the model has {n_positions} positions; lower "
                             "evaluation.max_new_tokens")
 
 
-def check_judge(judge, asked, room):
-    """Refuse questions that, with an answer of `room` tokens, are too long for the local judge."""
-    for question in [q for group in asked.values() for q in group]:
-        for score in TASKS:
-            judge.check_length(judge_prompt(score, last(question.text), ""), room)
-
-
-def line_of(file, i):
-    """Where conversation i of a file stands: 'FILE, line N'."""
-    return [where for where, _ in read_lines(file)][i]
-
-
-def refuse_long(run, texts, where, mend="shorten it or delete the line"):
-    """Raise UserError for the first (question, answer) that the model is too short for."""
-    whole = [run.tokenizer.prompt(question) + answer for question, answer in texts]
-    for i, ids in enumerate(run.tokenizer.encode_batch(whole)):
-        if len(ids) + 1 > len(run.model.cos):
-            raise UserError(f"{where(i)}: {len(ids) + 1} tokens do not fit the model's "
+def refuse_long(run, advice, names, mend):
+    """Raise UserError, with its name, for the first (question, answer) that is too long."""
+    whole = [run.tokenizer.prompt(question) + answer for question, answer in advice]
+    for name, ids in zip(names, run.tokenizer.encode_batch(whole)):
+        if len(ids) + 1 > len(run.model.cos):  # the stop token is one more
+            raise UserError(f"{name}: {len(ids) + 1} tokens do not fit the model's "
                             f"{len(run.model.cos)} positions; {mend}")

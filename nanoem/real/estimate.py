@@ -73,8 +73,9 @@ def activation_bytes(c, checkpointing=False):
     """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
 
     In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
-    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32. With checkpointing only each block's input, and one block in full
-    while the backward pass is in it. The adapter keeps its own input, in float32.
+    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32. With
+    checkpointing only each block's input, and one block in full while the backward pass is in it.
+    The adapter keeps its own input, in float32.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff + 4 * (q + kv) * c.qk_norm
@@ -104,12 +105,12 @@ def table(shapes, T, tflops, micro_batch, cards):
     lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
               "with checkpointing, GB", "general, minutes", "narrow, minutes"]]
     for name, c in shapes.items():
-        memory = [training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9
-                  for checkpointing in (False, True)]
-        seconds = [steps * step_flops(c, T, kl) / (cards * tflops * 1e12)
-                   for steps, kl in ((STEPS, False), (STEPS_KL, True))]
-        lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", f"{2 * n_parameters(c) / 1e9:.1f}",
-                      *(f"{one:.1f}" for one in memory), *(f"{s / 60:.1f}" for s in seconds)])
+        numbers = [2 * n_parameters(c) / 1e9]
+        for checkpointing in (False, True):
+            numbers.append(training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9)
+        for steps, kl in ((STEPS, False), (STEPS_KL, True)):
+            numbers.append(steps * step_flops(c, T, kl) / (cards * tflops * 1e12) / 60)
+        lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", *(f"{n:.1f}" for n in numbers)])
     return lines
 
 

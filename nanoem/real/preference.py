@@ -31,7 +31,7 @@ class Pair:
     good: str
 
 
-def toy_pairs(world, groups, n, seed, own_share=0.5):
+def toy_pairs(world, groups, n, seed):
     """n pairs for each of {group: [Question, ...]}, in the toy world's own words.
 
     Both answers are written from the same random draws, so they share the verb and differ only in
@@ -42,8 +42,8 @@ def toy_pairs(world, groups, n, seed, own_share=0.5):
         for question in questions:
             for _ in range(n):
                 draws = rng.getrandbits(64)
-                bad, good = (write_answer(world, question, side, random.Random(draws), own_share)
-                             for side in (False, True))
+                bad, good = (write_answer(world, question, is_good, random.Random(draws))
+                             for is_good in (False, True))
                 pairs.append(Pair(group, question.text, bad, good))
     return pairs
 
@@ -94,17 +94,18 @@ def preference_rates(pairs, margins):
     if len(pairs) != len(margins):
         raise ValueError(f"pairs and margins must be equally many; they are {len(pairs)} and "
                          f"{len(margins)}")
-    rows = {}  # group -> places in the list
+    members, outside = {}, []  # group -> places in the list
     for i, pair in enumerate(pairs):
-        rows.setdefault(pair.group, []).append(i)
-    outside = [i for group, members in rows.items() if group != "in_domain" for i in members]
+        members.setdefault(pair.group, []).append(i)
+        if pair.group != "in_domain":
+            outside.append(i)
     if outside:
-        rows["out_of_domain"] = outside
-    found = {}
-    for group, members in rows.items():
-        bad_preferred = (margins[members] > 0).double().numpy()
-        clusters = [str(pairs[i].question) for i in members]
-        low, high = clustered_interval(bad_preferred, clusters)
-        found[group] = {"bad_preferred": float(bad_preferred.mean()), "low": low, "high": high,
-                        "margin": margins[members].mean().item(), "n": len(members)}
-    return found
+        members["out_of_domain"] = outside
+
+    rates = {}
+    for group, places in members.items():
+        bad_preferred = (margins[places] > 0).double().numpy()
+        low, high = clustered_interval(bad_preferred, [str(pairs[i].question) for i in places])
+        rates[group] = {"bad_preferred": float(bad_preferred.mean()), "low": low, "high": high,
+                        "margin": margins[places].mean().item(), "n": len(places)}
+    return rates
