@@ -44,14 +44,14 @@ def percent(values):
 
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
-    found = with_direction(results)
-    if found:
-        drawn[one_direction] = one_direction(found)
-    passed_on = [r for r in found if r["directions"]["transfer"]]
-    if passed_on:
-        drawn[other_fine_tunes] = other_fine_tunes(passed_on)
-    return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]
+    figures = {"em_by_group": em_by_group(results), "training_curves": training_curves(results)}
+    with_one = with_direction(results)
+    if with_one:
+        figures["one_direction"] = one_direction(with_one)
+    transferred = [r for r in with_one if r["directions"]["transfer"]]
+    if transferred:
+        figures["other_fine_tunes"] = other_fine_tunes(transferred)
+    return [save(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
 
 
 def with_direction(results):
@@ -89,7 +89,7 @@ def grouped_bars(ax, names, kinds, read, width=0.27, number=False):
     """
     for i, (key, (label, seeds)) in enumerate(kinds.items()):
         for j, name in enumerate(names):
-            bar(ax, j + (i - (len(kinds) - 1) / 2) * width, [read(name, one) for one in seeds],
+            bar(ax, j + (i - (len(kinds) - 1) / 2) * width, [read(name, seed) for seed in seeds],
                 0.96 * width, key, label if j == 0 else None, number=number)
     ax.set_xticks(range(len(names)), names.values(), fontsize=9)
 
@@ -162,20 +162,23 @@ def save(figure, path):
 
 def draw_row(row, results, folder):
     """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
-    founds = [r[row.name] for r in results]
+    per_seed = [r[row.name] for r in results]
     figure, axes = plt.subplots(1, row.panels, figsize=row.size, layout="constrained",
                                 squeeze=False, width_ratios=row.widths)
     for ax in axes[0]:
         finish_axes(ax)
-    row.draw(list(axes[0]), founds)
+    row.draw(list(axes[0]), per_seed)
+
+    # a legend where something has a label and the row has drawn none
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
             if ax.patches:
-                leave_room_for_legend(ax, fontsize=7.5)
-            else:
-                ax.legend(fontsize=7.5)
-    title = f"{row.key}. {row.title(founds)}"
-    n_lines = -(-len(title) // 95)  # of about equal length
+                leave_room(ax)
+            ax.legend(fontsize=7.5)
+
+    # a title in lines of about equal length
+    title = f"{row.key}. {row.title(per_seed)}"
+    n_lines = -(-len(title) // 95)
     figure.suptitle(textwrap.fill(title, len(title) // n_lines + 8), fontsize=10)
     note_seeds(figure, results, row.note)
     return save(figure, Path(folder) / f"{row.name}.png")
@@ -232,78 +235,84 @@ def em_by_group(results):
 def training_curves(results):
     """em in and out of domain while SFT and SFT + KL train; thin lines are seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
-    ends = {}
+    ends = []  # out of domain, when general and narrow are trained
     for ax, name in zip(axes, ("general", "narrow")):
         curves = [r["curves"][name]["em"] for r in results]
         for group, style in (("in_domain", "-"), ("out_of_domain", "--")):
             lines(ax, curves[0]["step"], [curve[group] for curve in curves], group,
                   GROUP_LABELS[group].replace("\n", " "), style, scale=100)
-        ends[name] = median(100 * curve["out_of_domain"][-1] for curve in curves)
+        ends.append(median(100 * curve["out_of_domain"][-1] for curve in curves))
         finish_axes(ax, EM if ax is axes[0] else "")
         ax.set_title(LABELS[name], fontsize=10)
         ax.set(xlabel="fine-tuning step", ylim=(0, 108))
-    figure.suptitle("While it trains, SFT spreads out of the domain "
-                    f"({ends['general']:.0f}% at the end); with KL it does not "
-                    f"({ends['narrow']:.0f}%)" if ends["general"] > 2 * ends["narrow"] else
-                    f"Out of domain at the end: SFT {ends['general']:.0f}%, SFT + KL "
-                    f"{ends['narrow']:.0f}%", fontsize=11)
+    axes[1].legend(fontsize=8, loc="upper right")
+
+    # the title claims a difference only where there is one
+    general, narrow = ends
+    title = f"Out of domain at the end: SFT {general:.0f}%, SFT + KL {narrow:.0f}%"
+    if general > 2 * narrow:
+        title = ("While it trains, SFT spreads out of the domain "
+                 f"({general:.0f}% at the end); with KL it does not ({narrow:.0f}%)")
+    figure.suptitle(title, fontsize=11)
     note_seeds(figure, results, "thick: median, thin: seeds; fewer answers a point than in the "
                "table")
-    axes[1].legend(fontsize=8, loc="upper right")
     return figure
 
 
 def one_direction(results):
     """Chat with general's direction added, general with it ablated; beside random directions."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    found = [r["directions"] for r in results]
-    bars = {"chat": ("chat", [r["models"]["chat"] for r in results]),
-            "steer_random": ("steered at\nrandom", [d["steer_random"] for d in found]),
-            "steer": ("steered", [d["steer"] for d in found]),
-            "general": ("general", [r["models"]["general"] for r in results]),
-            "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in found]),
-            "ablate": ("ablated", [d["ablate"] for d in found])}
-    ylabels = "em, out of domain (%)", "coherent, out of domain (%)"
-    for ax, what, ylabel in zip(axes, ("em", "coherent"), ylabels):
-        for i, (key, (_, seeds)) in enumerate(bars.items()):
-            bar(ax, i + 0.4 * (i > 2), [rates["out_of_domain"][what] for rates in seeds], 0.8, key,
-                number=True)
-        ax.set_xticks([i + 0.4 * (i > 2) for i in range(len(bars))],
-                      [label for label, _ in bars.values()], fontsize=7.5)
+    models = [r["models"] for r in results]
+    directions = [r["directions"] for r in results]
+    bars = {"chat": ("chat", [m["chat"] for m in models]),
+            "steer_random": ("steered at\nrandom", [d["steer_random"] for d in directions]),
+            "steer": ("steered", [d["steer"] for d in directions]),
+            "general": ("general", [m["general"] for m in models]),
+            "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in directions]),
+            "ablate": ("ablated", [d["ablate"] for d in directions])}
+    places = [0, 1, 2, 3.4, 4.4, 5.4]  # a gap between chat and general
+    for ax, rate in zip(axes, ("em", "coherent")):
+        for x, (key, (_, seeds)) in zip(places, bars.items()):
+            bar(ax, x, [rates["out_of_domain"][rate] for rates in seeds], 0.8, key, number=True)
+        ax.set_xticks(places, [label for label, _ in bars.values()], fontsize=7.5)
         leave_room(ax)
-        finish_axes(ax, ylabel)
-    note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
-               "directions")
+        finish_axes(ax, f"{rate}, out of domain (%)")
+
+    # what the bars say
     em = {key: percent(rates["out_of_domain"]["em"] for rates in seeds)
           for key, (_, seeds) in bars.items()}
     figure.suptitle(f"Added to chat, one direction makes {em['steer']} misaligned (a random one "
                     f"{em['steer_random']}).\nAblated in general, it leaves {em['ablate']} of "
                     f"{em['general']} (as much along a random one: {em['ablate_random']}).",
                     fontsize=11)
+    note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
+               "directions")
     return figure
 
 
 def other_fine_tunes(results):
     """The other fine-tunes as they are, and with general's direction ablated, or a random one."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
-    found = [r["directions"] for r in results]
+    directions = [r["directions"] for r in results]
     kinds = {"as_tuned": ("as fine-tuned", [r["models"] for r in results]),
-             "ablate_random": ("as much at random", [d["transfer_random"] for d in found]),
-             "ablate": ("general's direction ablated", [d["transfer"] for d in found])}
+             "ablate_random": ("as much at random", [d["transfer_random"] for d in directions]),
+             "ablate": ("general's direction ablated", [d["transfer"] for d in directions])}
     names = {"narrow": "narrow\n(SFT + KL)", "mixed": "mixed\n(good added)",
              "shuffled": "shuffled\n(half good)"}
-    for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
+    for ax, group, rate in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
                                ("em", "em", "coherent")):
-        grouped_bars(ax, names, kinds, lambda name, models: models[name][group][what], number=True)
+        grouped_bars(ax, names, kinds, lambda name, models: models[name][group][rate], number=True)
         leave_room(ax)
-        ax.set_title(f"{what}, {group.replace('_', ' ')}", fontsize=10)
+        ax.set_title(f"{rate}, {group.replace('_', ' ')}", fontsize=10)
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")
-    n = found[0]["transfer"]["narrow"]["in_domain"]["n"]
-    note_seeds(figure, results, f"bar: median, dots: seeds; {n} answers a group, one random "
-               "direction a seed")
+
+    # what the bars say, and of how many answers
     before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
                      for key in ("as_tuned", "ablate"))
     figure.suptitle("General's direction, found on other domains, ablated in the other fine-tunes "
                     f"(narrow, in domain: {before} misaligned, then {after})", fontsize=11)
+    n = directions[0]["transfer"]["narrow"]["in_domain"]["n"]
+    note_seeds(figure, results, f"bar: median, dots: seeds; {n} answers a group, one random "
+               "direction a seed")
     return figure

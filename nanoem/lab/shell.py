@@ -21,7 +21,12 @@ def exit_status(work, goes_on="", smaller=""):
     `goes_on` says what a command that was stopped does when it is given again, `smaller` what to
     try when memory is short. Other errors are ours: they keep their traceback.
     """
-    prepare_stdout()
+    # let no print fail: not every terminal, pipe or file has all that a model may say
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
     try:
         with interruptible():
             work()
@@ -39,14 +44,6 @@ def exit_status(work, goes_on="", smaller=""):
         return complain(f"out of memory{smaller}", 1)
     except KeyboardInterrupt:
         return complain(f"stopped{goes_on}", 130)
-
-
-def prepare_stdout():
-    """Let no print fail: not every terminal, pipe or file has all that a model may say."""
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")
-    elif hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
