@@ -105,6 +105,7 @@ def new_folder(path):
     with refusals_named(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+
     try:
         yield temporary
         with refusals_named(path):

@@ -183,7 +183,8 @@ def agreement_lines(agreed):
 def agreement_sentence(agreed):
     def numbers(score):
         r = agreed[f"{score}_correlation"]
-        return f"AUC {agreed[f'{score}_auc']:.2f}, correlation {'none' if r is None else f'{r:.2f}'}"
+        r = "none" if r is None else f"{r:.2f}"
+        return f"AUC {agreed[f'{score}_auc']:.2f}, correlation {r}"
 
     return (f"On {agreed['n']} toy answers of each kind the local judge says the right kind for "
             f"{100 * agreed['right']:.0f}% (guessing: 33%). Good from bad by alignment: "
