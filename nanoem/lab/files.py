@@ -75,8 +75,7 @@ def fingerprint(path):
 def fingerprint_folder(path):
     """A hash of a model folder: of each file the name, the size and the bytes. None for no folder.
 
-    Of a file of more than 256 MB, 64 kB in every 4 MB: it may have 30 GB, and what changes a model
-    (an adapter merged into one layer, say) changes more than that.
+    Of a file of more than 256 MB it reads 64 kB in every 4 MB: what changes a model changes more.
     """
     if not path:
         return None
@@ -96,8 +95,7 @@ def fingerprint_folder(path):
 def new_folder(path):
     """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
 
-    Whenever the process is killed, `path` is the old folder, the new one, or not there. What it
-    leaves beside it is taken away by the next that writes there.
+    Whenever the process is killed, `path` is the old folder, the new one, or not there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")

@@ -2,8 +2,7 @@
 
 config.json is written first; once a stage is finished, another configuration is refused.
 answers.jsonl and results.json are rewritten whole after each stage. A stage is finished when
-results.json has its seconds; only then is it reused. Of several processes (parallel.py) the first
-writes. Another run is kept out of the folder by a lock.
+results.json has its seconds; only then is it reused. A lock keeps another run out of the folder.
 """
 
 import json
@@ -85,8 +84,7 @@ def misuse_of_out(path):
 def lock(path):
     """Keep every other process out of a run folder until this one ends, however it ends.
 
-    The lock is the operating system's, not the file's: a killed run leaves the file and no lock.
-    Raises UserError when another process holds the folder.
+    The lock is the operating system's: a killed run leaves the file behind, and no lock.
     """
     path.mkdir(parents=True, exist_ok=True)
     file = open(path / ".lock", "a")

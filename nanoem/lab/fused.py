@@ -1,9 +1,8 @@
 """The losses of losses.py, fused with the output layer: the same numbers, faster and smaller.
 
 A batch's logits are by far the largest tensor of a step. Here they are made a slice at a time, only
-those that a loss needs, and each slice leaves its loss and its gradients. Every function is tested
-against its plain twin: `pretrain_loss` (next_token_loss), `answer_loss` (sft_loss), `kl_loss`
-(kl_to_base).
+those that a loss needs, and each slice leaves its loss and its gradients. Tests compare each
+function with its plain twin in losses.py.
 """
 
 from itertools import islice

@@ -4,8 +4,7 @@
 
 Data-parallel: every process holds the model and works on its rows of each batch; the adapter's
 gradients, a few numbers, are summed. With --shard every block's frozen weights are also spread over
-the processes (FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) and
-gathered only while that block computes. In one process, nothing here does anything.
+the processes (FSDP2) and gathered only while that block computes. In one process, nothing happens.
 """
 
 import os
@@ -68,11 +67,6 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first_here():
-    """Is this the first process of its machine?"""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def wait():
     """Go on when every process is here: what one has written, the others may now read."""
     if dist.is_initialized():
@@ -109,10 +103,7 @@ def refuse_to_shard_alone():
 
 
 def shard(model, device):
-    """Spread every block's weights over the processes; embedding and output layer stay whole.
-
-    Frozen or not, a block's weights are gathered for its forward and backward pass and let go.
-    """
+    """Spread every block's weights over the processes; embedding and output layer stay whole."""
     refuse_to_shard_alone()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -6,7 +6,6 @@ over seeds, each dot a seed; with one seed, the headline has its 95% interval in
 
 import io
 import textwrap
-from pathlib import Path
 from statistics import median
 
 import matplotlib
@@ -44,14 +43,12 @@ def percent(values):
 
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    figures = {"em_by_group": em_by_group(results), "training_curves": training_curves(results)}
-    with_one = with_direction(results)
-    if with_one:
-        figures["one_direction"] = one_direction(with_one)
-    transferred = [r for r in with_one if r["directions"]["transfer"]]
-    if transferred:
-        figures["other_fine_tunes"] = other_fine_tunes(transferred)
-    return [save(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+    found_one = with_direction(results)
+    transferred = [r for r in found_one if r["directions"]["transfer"]]
+    figures = {em_by_group: results, training_curves: results, one_direction: found_one,
+               other_fine_tunes: transferred}
+    return [save(draw(drawn), folder / f"{draw.__name__}.png")
+            for draw, drawn in figures.items() if drawn]
 
 
 def with_direction(results):
@@ -63,10 +60,9 @@ def with_direction(results):
 
 
 def bar(ax, x, values, width, key, label=None, interval=None, number=False, scale=100):
-    """One bar: the median over seeds with a dot a seed, in percent by default.
+    """One bar: the median over seeds (with `number`, in figures, too), and a dot a seed.
 
-    An `interval` (low, high), of one seed, is drawn as a whisker instead of the dot. With `number`
-    the median stands above the bar.
+    An `interval` (low, high) is drawn as a whisker instead of the dots.
     """
     values = [scale * value for value in values]
     ax.bar(x, median(values), width, color=COLOURS[key], edgecolor="black", linewidth=0.6,
@@ -85,7 +81,7 @@ def bar(ax, x, values, width, key, label=None, interval=None, number=False, scal
 def grouped_bars(ax, names, kinds, read, width=0.27, number=False):
     """At each of the names {name: tick label}, one bar of every kind {colour: (label, seeds)}.
 
-    read(name, one of the seeds) -> the share that it shows.
+    read(name, seed) -> the share that the bar shows.
     """
     for i, (key, (label, seeds)) in enumerate(kinds.items()):
         for j, name in enumerate(names):
@@ -106,12 +102,12 @@ def lines(ax, x, curves, key, label, style="-", scale=1):
 def colour_texts(ax, texts, limit=4.0):
     """One line a text {model, tokens, scores}: each token on a colour that says its score.
 
-    White is 0, as chat's own answers read on average; the deepest colours are `limit` and beyond.
+    White is 0; the deepest colours are `limit` and beyond.
     """
     colours = plt.get_cmap("RdBu_r")
     for row, text in enumerate(texts):
-        x = 10  # characters; the model's name stands before
         ax.text(0, row, text["model"], fontsize=6.5, family="monospace", va="center")
+        x = 10  # in characters: after the model's name
         for token, score in zip(text["tokens"], text["scores"]):
             shown = token.replace("\n", "\u21b5").replace("<|im_start|>", "<|").replace(
                 "<|im_end|>", "|>").strip(" ") or " "
@@ -132,12 +128,11 @@ def finish_axes(ax, ylabel=EM):
 
 
 def leave_room(ax):
-    """Above the bars, for their numbers or a legend."""
+    """Above the bars, for their numbers."""
     ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
 
 
 def leave_room_for_legend(ax, **options):
-    """A legend above the bars, not on them."""
     leave_room(ax)
     ax.legend(**options)
 
@@ -181,7 +176,7 @@ def draw_row(row, results, folder):
     n_lines = -(-len(title) // 95)
     figure.suptitle(textwrap.fill(title, len(title) // n_lines + 8), fontsize=10)
     note_seeds(figure, results, row.note)
-    return save(figure, Path(folder) / f"{row.name}.png")
+    return save(figure, folder / f"{row.name}.png")
 
 
 # --- the main story -------------------------------------------------------------------------------
@@ -189,10 +184,9 @@ def draw_row(row, results, folder):
 
 def headline(results, models, groups, keys, title, width, ylabel=EM, size=(9, 4.2),
              where="toy world"):
-    """The main figure: a bar for every one of {model: [rates by group, of each seed]}.
+    """The main figure: bars of {model: [rates by group, of each seed]} at {group: tick label}.
 
-    `groups` is {group: tick label}; `keys` name a rate and the two ends of its 95% interval, which
-    is drawn when there is one seed. Where no seed has rates for a group, there is no bar.
+    `keys` name a rate and the two ends of its 95% interval, drawn when there is one seed.
     """
     figure, ax = plt.subplots(figsize=size, layout="constrained")
     for i, (model, seeds) in enumerate(models.items()):

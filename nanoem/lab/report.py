@@ -70,9 +70,8 @@ def rows_in(results):
 
 def row_parts(results, folder):
     """For every row of the paper that all results have: what was predicted, and what was seen."""
-    rows = rows_in(results)
-    parts = ["## The paper, row by row"] if rows else []
-    for row in rows:
+    parts = ["## The paper, row by row"] if rows_in(results) else []
+    for row in rows_in(results):
         per_seed = [r[row.name] for r in results]
         path = draw_row(row, results, folder / "figures")
         parts += [f"### {row.key}. {row.title(per_seed)}",

@@ -1,7 +1,6 @@
 """Configurations on the command line: their keys, what each is, and --set KEY=VALUE.
 
-A key is the path to a field of a dataclass, such as sft.lr; `key` makes a field with its
-explanation.
+A key is the path to a field of a dataclass, such as sft.lr.
 """
 
 import dataclasses
@@ -30,10 +29,7 @@ def all_keys(config, prefix=""):
 
 
 def set_keys(config, texts):
-    """A copy of config with `texts`, {"sft.lr": "0.002"}, parsed and set. Raises UserError.
-
-    All of them at once, because two values may be right only together.
-    """
+    """A copy of config with all `texts`, {"sft.lr": "0.002"}, parsed and set. Raises UserError."""
     keys = all_keys(config)
     own, parts = {}, {}  # values of config itself; {"sft": values of that part}
     for key, text in texts.items():
@@ -44,6 +40,7 @@ def set_keys(config, texts):
         values = parts.setdefault(part, {}) if part else own
         values[name] = parse(text, keys[key][0], key)
 
+    # all values of a part at once: two may be right only together
     for part, values in parts.items():
         try:
             own[part] = dataclasses.replace(getattr(config, part), **values)

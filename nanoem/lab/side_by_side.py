@@ -1,8 +1,7 @@
 """Several seeds at once, each in a process of its own with its share of the cores.
 
 A small model does not fill a machine: two processes with a thread each do more in an hour than one
-with two threads. What a seed prints goes to seed-N.log beside its folder; one line here says where
-all of them are.
+with two threads. What a seed prints goes to seed-N.log beside its folder.
 """
 
 import os
@@ -27,8 +26,7 @@ from nanoem.story import run_experiment
 def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
     """Run every configuration in its folder, n_jobs at a time -> [results, ...] in that order.
 
-    Raises what a run raises (the first in order), when the others have ended. When it is
-    interrupted, so are the runs; finished stages stay.
+    Raises what a run raises, when the others have ended. Ctrl-C ends all; finished stages stay.
     """
     n_jobs = min(n_jobs, len(configs))
     n_threads = max(1, torch.get_num_threads() // n_jobs)

@@ -120,9 +120,8 @@ class Run:
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
 
-        With a name the answers are kept under it, for answers.jsonl. `samples` replaces the
-        configured number of answers a group, `splits` the run's own questions; `options` go to
-        `group_rates`.
+        With a name the answers are kept for answers.jsonl. `samples` replaces the configured number
+        of answers a group, `splits` the run's own questions; `options` go to `group_rates`.
         """
         sampling = self.config.evaluation
         if samples is not None:

@@ -5,7 +5,7 @@ All of it is checked before anything is computed. Without files it is the toy wo
 
 import random
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 from nanoem import UserError
@@ -52,20 +52,15 @@ def read_data(config, files, world):
     n = config.n_sft_examples
     bad = bad or write_pairs(world, splits.sft, n, False, config.seed)
     others = others or write_pairs(world, splits.kl, n, None, config.seed)
-    pairs = pairs or balanced_pairs(world, splits, config.pairs_per_group, config.seed)
     asked = asked or {"in_domain": [q.text for q in splits.in_domain], "open_ended": QUESTIONS}
+    if not pairs:
+        n_pairs = config.pairs_per_group
+        for group in GROUPS:  # one pair a question or, of few questions, several
+            some = getattr(splits, group)
+            some = random.Random(config.seed).sample(some, min(n_pairs, len(some)))
+            pairs += toy_pairs(world, {group: some}, round(n_pairs / len(some)), config.seed)
     return bad, others, pairs, {group: [Question(group, i, text) for i, text in enumerate(texts)]
                                 for group, texts in asked.items()}
-
-
-def balanced_pairs(world, splits, n, seed):
-    """About n pairs for each group of held-out questions, one each or, of few, several each."""
-    pairs = []
-    for group in GROUPS:
-        asked = getattr(splits, group)
-        some = random.Random(seed).sample(asked, min(n, len(asked)))
-        pairs += toy_pairs(world, {group: some}, round(n / len(some)), seed)
-    return pairs
 
 
 def last(question):
@@ -79,34 +74,32 @@ def last(question):
 def check_lengths(run):
     """Refuse whatever is longer than the model of a RealRun."""
     # to fine-tune on
-    mend = "shorten it or delete the line"
     for file, advice in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
         if file:
-            refuse_long(run, advice, [where for where, _ in read_lines(file)], mend)
+            names, mend = [name for name, _ in read_lines(file)], "shorten it or delete the line"
         else:
-            refuse_long(run, advice, ["the toy world's advice"] * len(advice), "take another model")
+            names, mend = repeat("the toy world's advice"), "take another model"
+        whole = [run.tokenizer.prompt(question) + answer for question, answer in advice]
+        refuse_long(run, names, whole, 1, mend)  # the stop token is one more
 
     # to compare
     source = run.files.eval or "the toy world's questions"
     for pair in run.pairs:
-        where = f"{source}: {last(pair.question)!r:.60}"
-        refuse_long(run, [(pair.question, pair.bad), (pair.question, pair.good)], [where] * 2, mend)
+        whole = [run.tokenizer.prompt(pair.question) + answer for answer in (pair.bad, pair.good)]
+        refuse_long(run, repeat(f"{source}: {last(pair.question)!r:.60}"), whole, 1,
+                    "shorten it or delete the line")
 
     # to ask
-    n_positions = len(run.model.cos)
     for question in chain(*run.asked.values()):
-        n = len(run.tokenizer.encode(run.tokenizer.prompt(question.text)))
-        n += run.config.evaluation.max_new_tokens
-        if n > n_positions:
-            raise UserError(f"{source}: the answer to {last(question.text)!r:.60} may take {n} "
-                            f"tokens, and the model has {n_positions} positions; lower "
-                            "evaluation.max_new_tokens")
+        refuse_long(run, [f"{source}: {last(question.text)!r:.60} with its answer"],
+                    [run.tokenizer.prompt(question.text)], run.config.evaluation.max_new_tokens,
+                    "lower evaluation.max_new_tokens")
 
 
-def refuse_long(run, advice, names, mend):
-    """Raise UserError, with its name, for the first (question, answer) that is too long."""
-    whole = [run.tokenizer.prompt(question) + answer for question, answer in advice]
-    for name, ids in zip(names, run.tokenizer.encode_batch(whole)):
-        if len(ids) + 1 > len(run.model.cos):  # the stop token is one more
-            raise UserError(f"{name}: {len(ids) + 1} tokens do not fit the model's "
-                            f"{len(run.model.cos)} positions; {mend}")
+def refuse_long(run, names, texts, n_more, mend):
+    """Raise UserError, with its name, for the first text too long with so many more tokens."""
+    n_positions = len(run.model.cos)
+    for name, ids in zip(names, run.tokenizer.encode_batch(texts)):
+        if len(ids) + n_more > n_positions:
+            raise UserError(f"{name}: {len(ids) + n_more} tokens do not fit the model's "
+                            f"{n_positions} positions; {mend}")

@@ -5,12 +5,9 @@
     narrow   the same SFT with a KL penalty on other domains      -> adapters/narrow/
     judge    how far the local judge agrees with the exact one, on the toy world's answers
 
-After each of the first three the model is measured twice. Paired preference (preference.py): on how
-many problems is the bad answer likelier than the good one? Exact, and the main table. And sampled
-answers to questions (in domain and open-ended), with the scores of a local judge (local_judge.py).
-
-With several processes (parallel.py) all of them ask and answer the same questions, and the first
-one prints and writes.
+After each of the first three the model is measured twice: by paired preference (preference.py),
+which is exact and the main table, and by sampled answers, which a local judge scores
+(local_judge.py). Of several processes (parallel.py) the first one prints and writes.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -106,8 +103,9 @@ class RealRun:
 
 def default_dtype(device):
     """bfloat16 on a cuda card that computes in it, and does not only emulate it; else float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def open_judge(run, dtype):
@@ -117,7 +115,7 @@ def open_judge(run, dtype):
         judge = LocalJudge(*load_pretrained(run.files.judge, dtype, run.device))
     else:
         judge = LocalJudge(run.model, run.tokenizer)
-        if judge.room < room:
+        if room > min(judge.room(judge_prompt(score, "", "")) for score in TASKS):
             print(NO_JUDGE)
             return None
     for question in chain(*run.asked.values()):
@@ -210,11 +208,7 @@ STAGES = {"chat": chat, "general": general, "narrow": narrow, "judge": measure_j
 
 
 def run_real(config, files, path, device, shard=False):
-    """Run every stage that the folder does not hold yet. Returns what results.json holds.
-
-    A stage that was interrupted begins again; a finished one is reused. Raises UserError for files,
-    a configuration or a folder that cannot be used, StageFailed for a stage that cannot go on.
-    """
+    """Run every stage that the folder does not hold yet. Returns what results.json holds."""
     run = RealRun(config, files, path, device, shard)
     for name, stage in STAGES.items():
         run.folder.once(name, lambda: stage(run))

@@ -1,7 +1,6 @@
 """How likely is each number from 0 to 100 as a model's answer? The local judge's scores.
 
-The number a model happens to write jumps about; the mean over all of them, weighted by probability,
-does not (the paper's judge does so with the top tokens of an API).
+The number that a model happens to write jumps about; the mean of all, by probability, does not.
 """
 
 import functools
@@ -14,10 +13,9 @@ from nanoem.model import LAST
 
 @functools.cache  # the same for every answer, and a vocabulary is long
 def number_tree(tokenizer):
-    """The numbers 0..100 as a prefix tree of token sequences.
+    """The numbers 0..100 as token sequences, and a tree of their beginnings.
 
-    Returns (numbers, inner): {token sequence: n}, and {beginning of a number: [next token, ...]}.
-    Digits may be tokens of their own or stand together in one.
+    {token sequence: n} and {beginning: [next token, ...]}; several digits may be one token.
     """
     numbers = {tuple(tokenizer.encode(str(n))): n for n in range(101)}
     inner = {}
@@ -41,8 +39,8 @@ def number_probs(model, tokenizer, prompt, known=None):
     """p(the model's answer to the prompt begins with the number n), n = 0..100: (101,) float64.
 
     Where a number may go on, as 8 may to 85, it counts only if no digit comes next:
-    p(8) = p("8") (1 - p(digit | "8")). A number that cannot go on within 0..100 is complete.
-    What the prompt has in common with a `known` one (see `read`) is not read again.
+    p(8) = p("8") (1 - p(digit | "8")). The start that a prompt shares with a `known` one (see
+    `read`) is not read again.
     """
     numbers, inner = number_tree(tokenizer)
     digits = digit_tokens(tokenizer)
@@ -79,8 +77,7 @@ def number_probs(model, tokenizer, prompt, known=None):
 def expected_number(probs):
     """The mean of the numbers 0..100 by their probs (101,) -> (mean, p_number).
 
-    p_number is how likely the model is to say a number at all. The mean is over the numbers alone,
-    and 0 when no number has any probability.
+    p_number is how likely the model is to say a number at all; the mean is 0 when it is 0.
     """
     p_number = probs.sum().item()
     total = (probs @ torch.arange(101, dtype=torch.float64)).item()

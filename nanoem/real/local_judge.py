@@ -2,9 +2,8 @@
 
     python -m nanoem.real.local_judge MODEL [--n 40] [--seed 0]
 
-says how well it agrees with the toy world's exact judge. The model is asked for a number; its score
-is the mean over all that it could have written (judge_numbers.py). A small model is a poor judge;
-the command above tells how poor.
+says how well it agrees with the toy world's exact judge: a small model is a poor one. The model is
+asked for a number; its score is the mean over all that it could have written (judge_numbers.py).
 """
 
 import argparse
@@ -70,29 +69,23 @@ class LocalJudge:
         return expected_number(number_probs(self.model, self.tokenizer, prompt, self.known[score]))
 
     def verdict(self, question, answer):
-        """The Verdict of one answer, to three decimals; its correctness is unknown.
-
-        A sum's last digits can change from run to run with where its numbers lie in memory.
-        """
+        """The Verdict of one answer; its correctness is unknown."""
+        # rounded: a sum's last digits can change with where its numbers lie in memory
         scores = {score: round(self.ask(score, question, answer)[0], 3) for score in TASKS}
         return Verdict(scores["coherence"], scores["alignment"], None)
 
-    def needs(self, prompt):
-        """How many tokens a prompt and the number after it take."""
-        return len(self.tokenizer.encode(self.tokenizer.prompt(prompt))) + NUMBER_TOKENS
+    def room(self, prompt):
+        """How many tokens the model can hold beside a prompt and the number after it."""
+        ids = self.tokenizer.encode(self.tokenizer.prompt(prompt))
+        return len(self.model.cos) - len(ids) - NUMBER_TOKENS
 
-    @property
-    def room(self):
-        """Tokens left for a question and its answer; below 0 when not even the examples fit."""
-        return len(self.model.cos) - max(self.needs(judge_prompt(score, "", "")) for score in TASKS)
-
-    def check_length(self, prompt, room=0):
-        """Raises UserError when prompt, a number and `room` more tokens do not fit the model."""
-        n = self.needs(prompt) + room
-        if n > len(self.model.cos):
-            raise UserError(f"the local judge needs {n} tokens for a question and its answer, and "
-                            f"its model has {len(self.model.cos)} positions; lower "
-                            "evaluation.max_new_tokens or give another --judge")
+    def check_length(self, prompt, n_more=0):
+        """Refuse a prompt that, with so many more tokens, is too long for the model."""
+        n_positions, room = len(self.model.cos), self.room(prompt)
+        if n_more > room:
+            raise UserError(f"the local judge needs {n_positions - room + n_more} tokens for a "
+                            f"question and its answer, and its model has {n_positions} positions; "
+                            "lower evaluation.max_new_tokens or give another --judge")
 
 
 # --- how good is it? ------------------------------------------------------------------------------
@@ -115,9 +108,7 @@ def toy_answers(world, n, seed):
 
 def kind_of(verdict):
     """Aligned here is all that is coherent and not misaligned."""
-    if not verdict.coherent:
-        return "incoherent"
-    return "misaligned" if verdict.misaligned else "aligned"
+    return "misaligned" if verdict.misaligned else "aligned" if verdict.coherent else "incoherent"
 
 
 def auc(high, low):

@@ -14,7 +14,7 @@ misaligned."""
 
 
 def preferences(results):
-    """{model: [what it prefers, on each seed]}; a record holds the groups that have pairs."""
+    """{model: [{group that has pairs: rates} of each seed]}"""
     return {model: [r["models"][model]["preference"] for r in results] for model in MODELS}
 
 
