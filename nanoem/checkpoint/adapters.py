@@ -1,7 +1,7 @@
 """PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors.
 
-So that the paper's released adapters open here and nanoem's open in `peft`. Kinds of adapter that
-nanoem's LoRA is not (DoRA, trained biases, ...) are refused by name.
+The paper's released adapters open here, and nanoem's in `peft`. Kinds of adapter that nanoem's LoRA
+is not (DoRA, trained biases, ...) are refused by name.
 """
 
 import re
@@ -27,10 +27,7 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base w
 
 
 def save_adapter(adapter, path, base_model=""):
-    """Write a LoRA as a PEFT adapter folder; a factor of `scaled` is not saved.
-
-    Raises UserError for another kind of adapter: PEFT has no steering vector.
-    """
+    """Write a LoRA (PEFT has no steering vector) as a folder; a factor of `scaled` is not saved."""
     if not isinstance(adapter, LoRA):
         raise UserError(f"a {type(adapter).__name__} cannot be kept as a PEFT adapter; save its "
                         "tensors with save_tensors")
@@ -54,16 +51,14 @@ def save_adapter(adapter, path, base_model=""):
 
 def matrices_of(adapter):
     """{name in a PEFT folder: matrix}"""
-    return {f"{PREFIX}{name}.lora_{letter}.weight": matrix
-            for letter, matrices in (("A", adapter.A), ("B", adapter.B))
-            for name, matrix in matrices.items()}
+    named = {f"{PREFIX}{site}.lora_A.weight": matrix for site, matrix in adapter.A.items()}
+    return named | {f"{PREFIX}{site}.lora_B.weight": matrix for site, matrix in adapter.B.items()}
 
 
 def load_adapter(model, path):
     """Open a PEFT adapter folder for a model -> LoRA, not yet attached.
 
-    Raises UserError, naming the file: for a kind of adapter that is not supported, for tensors that
-    are missing, unexpected or misshapen, and for an adapter of another model.
+    Raises UserError, naming the file, for whatever is wrong or made for another model.
     """
     path = Path(path)
     config = read_adapter_config(path / "adapter_config.json")

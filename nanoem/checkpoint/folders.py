@@ -1,7 +1,4 @@
-"""Checkpoints: Hugging Face model folders in and out, for Qwen2, Qwen3 and Llama.
-
-What nanoem writes opens in `transformers`, and the other way round.
-"""
+"""Hugging Face model folders in and out, as `transformers` writes and reads them."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,10 +138,7 @@ def find_tensors(path):
 
 
 def save_pretrained(model, tokenizer, path):
-    """Write a Hugging Face model folder that appears whole or not at all.
-
-    Raises UserError for a combination of flags that none of the three architectures has.
-    """
+    """Write a Hugging Face model folder that appears whole or not at all."""
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {**config_table(model.config), "bos_token_id": tokenizer.pad_id,
               "eos_token_id": tokenizer.stop_ids[0], "torch_dtype": dtype}

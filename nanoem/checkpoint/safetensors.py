@@ -21,10 +21,7 @@ CHUNK = 1 << 20  # bytes copied at a time: what reading needs beside the tensor 
 
 
 def save_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file, byte for byte as the reference writes it.
-
-    Raises UserError for a dtype other than float32, bfloat16 and float16.
-    """
+    """Write {name: tensor} to a safetensors file, byte for byte as the reference writes it."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         dtype = getattr(tensor, "dtype", type(tensor))
@@ -85,8 +82,7 @@ class TensorFile:
     def read(self, name, dtype=None, device="cpu"):
         """One tensor, in its own or the asked dtype. Needs CHUNK bytes beside the tensor.
 
-        Raises UserError for a value that is not finite in that dtype: a model with one answers
-        nothing but NaN.
+        Refuses a value that is not finite in that dtype: a model with one answers only NaN.
         """
         stored, shape, begin, end = self.entries[name]
         tensor = torch.empty(shape, dtype=dtype or stored, device=device)

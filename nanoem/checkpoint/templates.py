@@ -10,10 +10,7 @@ from nanoem.tokenizer import IM_END, IM_START, Tokenizer
 
 
 def open_tokenizer(folder):
-    """The tokenizer of a model folder, with its chat template and all of its stop ids.
-
-    Raises UserError for files that are missing or broken, and for a template other than ChatML.
-    """
+    """The tokenizer of a model folder, with its chat template and all of its stop ids."""
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     template, file = read_template(folder)
     if template is not None:

@@ -48,8 +48,7 @@ class RunFolder:
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
         for model in self.results["models"]:
             if model not in self.answers:
-                raise UserError(f"{self.path / 'answers.jsonl'} lacks the answers of {model}; "
-                                f"{MEND}")
+                raise UserError(f"{path}/answers.jsonl lacks the answers of {model}; {MEND}")
 
     def is_finished(self, stage):
         return stage in self.results["seconds"]
@@ -61,12 +60,9 @@ class RunFolder:
             return
         started = time.perf_counter()
         work()
-        self.finish(stage, time.perf_counter() - started)
-
-    def finish(self, stage, seconds):
-        """Write results and answers; from here on the stage is reused."""
-        self.results["seconds"][stage] = round(seconds, 2)
-        self.results["total_seconds"] = round(sum(self.results["seconds"].values()), 2)
+        seconds = self.results["seconds"]
+        seconds[stage] = round(time.perf_counter() - started, 2)
+        self.results["total_seconds"] = round(sum(seconds.values()), 2)
         if parallel.rank() == 0:
             write_answers(self.path / "answers.jsonl", self.answers)
             write_json(self.path / "results.json", self.results)

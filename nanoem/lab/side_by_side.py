@@ -52,7 +52,7 @@ def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
 
 
 def end_with_parent():
-    """In a child: when its parent ends, even by kill -9, so does this process."""
+    """In a child: end when the parent ends, even by kill -9."""
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
