@@ -22,14 +22,13 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
            "ablate_random": "#F0E442", "steer": "#8B2500", "steer_random": "#CCCCCC",
-           "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
-           "out_of_domain": "#000000"}
+           "as_tuned": "#FFFFFF", "in_domain": "#CC79A7", "out_of_domain": "#000000"}
 EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
+          "steer": "chat, steered", "steer_random": "chat, steered at random",
           "ablate": "general, direction ablated",
-          "ablate_random": "general, as much along a random one", "steer": "chat, steered",
-          "steer_random": "chat, steered at random"}
+          "ablate_random": "general, as much along a random one"}
 GROUP_LABELS = {"in_domain": "in domain\n(held-out problems)", "kl_domains": "KL domains",
                 "unseen_domains": "unseen domains", "open_ended": "open-ended",
                 "out_of_domain": "out of domain"}
@@ -43,12 +42,14 @@ def percent(values):
 
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    found_one = with_direction(results)
-    transferred = [r for r in found_one if r["directions"]["transfer"]]
-    figures = {em_by_group: results, training_curves: results, one_direction: found_one,
-               other_fine_tunes: transferred}
-    return [save(draw(drawn), folder / f"{draw.__name__}.png")
-            for draw, drawn in figures.items() if drawn]
+    directed = with_direction(results)
+    transferred = [r for r in directed if r["directions"]["transfer"]]
+    paths = []
+    for draw, drawn in ((em_by_group, results), (training_curves, results),
+                        (one_direction, directed), (other_fine_tunes, transferred)):
+        if drawn:
+            paths.append(save(draw(drawn), folder / f"{draw.__name__}.png"))
+    return paths
 
 
 def with_direction(results):

@@ -11,8 +11,8 @@ from nanoem.lab.files import write_file
 def seed_table(corner, columns, rows):
     """A table of rows [(label, [record of each seed]), ...] and columns {heading: (keys, show)}.
 
-    `keys` lead to a value in a record, such as ("in_domain", "em"); `show` makes one text of the
-    seeds' values, as `cell` and `number` do. The text is empty where no record has the value.
+    `keys` lead to a value in a record, such as ("in_domain", "em"). `show` makes one text of the
+    seeds' values: `cell`, `number` or `count`. Where no record has the value, the text is empty.
     """
     lines = [[corner, *columns]]
     for label, records in rows:
@@ -71,6 +71,11 @@ def number(values):
     """The median over seeds, with the range when there are several: -3.5 (-4.0 to -2.9)."""
     text = f"{median(values):.1f}"
     return text if len(values) == 1 else f"{text} ({min(values):.1f} to {max(values):.1f})"
+
+
+def count(values):
+    """A count, which is the same for every seed."""
+    return str(values[0])
 
 
 def one_line(text):

@@ -17,7 +17,7 @@ from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
 from nanoem.evaluate import Verdict
 from nanoem.lab.shell import exit_status
-from nanoem.lab.tables import print_lines
+from nanoem.lab.tables import count, number, print_lines, seed_table
 from nanoem.real.judge_numbers import expected_number, number_probs, read
 from nanoem.world import judge, load_world, questions, write_answer
 
@@ -162,13 +162,10 @@ def agreement(local, world, n, seed):
 
 def agreement_lines(agreed):
     """What `agreement` returns as lines of text, header first."""
-    lines = [["exact judge", *(f"local: {kind}" for kind in KINDS), "mean alignment",
-              "mean coherence"]]
-    for kind in KINDS:
-        counts = [str(agreed["confusion"][kind][other]) for other in KINDS]
-        means = [f"{agreed['means'][kind][score]:.1f}" for score in TASKS]
-        lines.append([kind, *counts, *means])
-    return lines
+    columns = {f"local: {kind}": ((kind,), count) for kind in KINDS}
+    columns |= {f"mean {score}": ((score,), number) for score in TASKS}
+    rows = [(kind, [agreed["confusion"][kind] | agreed["means"][kind]]) for kind in KINDS]
+    return seed_table("exact judge", columns, rows)
 
 
 def agreement_sentence(agreed):

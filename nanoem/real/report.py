@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nanoem.lab.plots import LABELS, SIDES, headline, percent, save
-from nanoem.lab.tables import (cell, markdown, number, print_lines, sample_table, seed_table,
+from nanoem.lab.tables import (cell, count, markdown, number, print_lines, sample_table, seed_table,
                                write_page)
 from nanoem.real.local_judge import agreement_lines, agreement_sentence
 
@@ -47,7 +47,7 @@ def cell_with_interval(rates):
 
 def judged_table(results):
     """What the local judge makes of the sampled answers: a line for each model and group."""
-    columns = {"answers": (("n",), lambda counts: str(counts[0])), "em, %": (("em",), cell),
+    columns = {"answers": (("n",), count), "em, %": (("em",), cell),
                "coherent, %": (("coherent",), cell),
                "mean alignment": (("mean_alignment",), number),
                "mean coherence": (("mean_coherence",), number)}
