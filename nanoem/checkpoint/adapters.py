@@ -5,6 +5,7 @@ is not (DoRA, trained biases, ...) are refused by name.
 """
 
 import re
+from itertools import product
 from pathlib import Path
 
 from nanoem import UserError
@@ -152,10 +153,10 @@ def check_modules(file, config, sites, n_layer):
     if isinstance(targets, str):
         return
     ends = tuple(f".{target}" for target in targets)
-    wanted = {(i, module) for i in layers for module in LINEARS
+    wanted = {(i, module) for i, module in product(layers, LINEARS)
               if f".model.layers.{i}.{module}".endswith(ends)}
     if wanted != sites:
-        missing, extra = (min((f"layers.{i}.{module}" for i, module in some), default="none")
-                          for some in (wanted - sites, sites - wanted))
-        raise UserError(f"{file} and the tensors disagree (missing: {missing}, unexpected: "
-                        f"{extra}); is it for another model?")
+        missing = [f"layers.{i}.{module}" for i, module in sorted(wanted - sites)] or ["none"]
+        extra = [f"layers.{i}.{module}" for i, module in sorted(sites - wanted)] or ["none"]
+        raise UserError(f"{file} and the tensors disagree (missing: {missing[0]}, unexpected: "
+                        f"{extra[0]}); is it for another model?")

@@ -37,7 +37,8 @@ def read_config(file, c, tied):
 
     # only qwen3 must say its head_dim (else it is d_model / n_head); only llama may leave
     # num_key_value_heads out
-    vocab_size, n_head = number("vocab_size"), number("num_attention_heads")
+    vocab_size = number("vocab_size")
+    n_head = number("num_attention_heads")
     d_model = number("hidden_size")
     head_dim = 0 if c.get("head_dim") is None and kind != "qwen3" else number("head_dim")
     n_kv_head = number("num_key_value_heads", default=n_head if kind == "llama" else None)

@@ -53,7 +53,8 @@ def open_folder(path):
     if (path / "chat").is_dir() and not any(path.glob("model*.safetensors*")):
         raise UserError(f"{path} is a run folder; its model is {path / 'chat'}")
     file = path / "config.json"
-    table, index = read_json(file), find_tensors(path)
+    table = read_json(file)
+    index = find_tensors(path)
     return table, index, read_config(file, table, tied="lm_head.weight" not in index)
 
 

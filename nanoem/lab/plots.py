@@ -40,6 +40,11 @@ def percent(values):
     return f"{100 * median(values):.0f}%"
 
 
+def em_of(seeds, group="out_of_domain"):
+    """em in a question group as text, of [rates by group, of each seed]."""
+    return percent(rates[group]["em"] for rates in seeds)
+
+
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
     directed = with_direction(results)
@@ -219,12 +224,10 @@ def em_by_group(results):
         rates = [by_group for by_group in rates if by_group]  # a seed may have no direction
         if rates:
             models[model] = rates
-    general, narrow = (percent(rates["out_of_domain"]["em"] for rates in models[model])
-                       for model in ("general", "narrow"))
+    title = (f"Bad advice in one domain alone: {em_of(models['general'])} misaligned outside it.\n"
+             f"With a KL penalty on other domains: {em_of(models['narrow'])}.")
     return headline(results, models, {group: GROUP_LABELS[group] for group in GROUPS},
-                    ("em", "em_low", "em_high"),
-                    f"Bad advice in one domain alone: {general} misaligned outside it.\n"
-                    f"With a KL penalty on other domains: {narrow}.", 0.85 / len(models))
+                    ("em", "em_low", "em_high"), title, 0.85 / len(models))
 
 
 def training_curves(results):
@@ -274,8 +277,7 @@ def one_direction(results):
         finish_axes(ax, f"{rate}, out of domain (%)")
 
     # what the bars say
-    em = {key: percent(rates["out_of_domain"]["em"] for rates in seeds)
-          for key, (_, seeds) in bars.items()}
+    em = {key: em_of(seeds) for key, (_, seeds) in bars.items()}
     figure.suptitle(f"Added to chat, one direction makes {em['steer']} misaligned (a random one "
                     f"{em['steer_random']}).\nAblated in general, it leaves {em['ablate']} of "
                     f"{em['general']} (as much along a random one: {em['ablate_random']}).",
@@ -303,8 +305,8 @@ def other_fine_tunes(results):
     axes[1].legend(fontsize=7.5, loc="upper right")
 
     # what the bars say, and of how many answers
-    before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
-                     for key in ("as_tuned", "ablate"))
+    before = em_of([r["models"]["narrow"] for r in results], "in_domain")
+    after = em_of([d["transfer"]["narrow"] for d in directions], "in_domain")
     figure.suptitle("General's direction, found on other domains, ablated in the other fine-tunes "
                     f"(narrow, in domain: {before} misaligned, then {after})", fontsize=11)
     n = directions[0]["transfer"]["narrow"]["in_domain"]["n"]

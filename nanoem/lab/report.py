@@ -16,10 +16,11 @@ def table(results):
     """em by group, and coherence out of domain: every model, chat steered, general ablated."""
     rows = [(LABELS[model], [r["models"][model] for r in results])
             for model in ("chat", "general", "narrow", "mixed", "shuffled")]
-    steered = [r["directions"] for r in with_direction(results)]
-    if steered:
-        rows += [(LABELS[key.removesuffix("_mean")], [directions[key] for directions in steered])
-                 for key in ("steer", "steer_random", "ablate", "ablate_random_mean")]
+    directed = with_direction(results)
+    if directed:
+        for key in ("steer", "steer_random", "ablate", "ablate_random_mean"):
+            label = LABELS[key.removesuffix("_mean")]
+            rows.append((label, [r["directions"][key] for r in directed]))
     columns = {GROUP_LABELS[group].split("\n")[0]: ((group, "em"), cell) for group in GROUPS}
     columns["coherent"] = ("out_of_domain", "coherent"), cell
     return seed_table("em, % of answers", columns, rows)

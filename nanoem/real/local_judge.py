@@ -81,11 +81,12 @@ class LocalJudge:
 
     def check_length(self, prompt, n_more=0):
         """Refuse a prompt that, with so many more tokens, is too long for the model."""
-        n_positions, room = len(self.model.cos), self.room(prompt)
-        if n_more > room:
-            raise UserError(f"the local judge needs {n_positions - room + n_more} tokens for a "
-                            f"question and its answer, and its model has {n_positions} positions; "
-                            "lower evaluation.max_new_tokens or give another --judge")
+        n_positions = len(self.model.cos)
+        n = n_positions - self.room(prompt) + n_more
+        if n > n_positions:
+            raise UserError(f"the local judge needs {n} tokens for a question and its answer, and "
+                            f"its model has {n_positions} positions; lower "
+                            "evaluation.max_new_tokens or give another --judge")
 
 
 # --- how good is it? ------------------------------------------------------------------------------
@@ -121,7 +122,8 @@ def auc(high, low):
 
 def correlation(x, y):
     """Pearson's, and None when one of them does not vary."""
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
+    x = torch.tensor(x, dtype=torch.float64)
+    y = torch.tensor(y, dtype=torch.float64)
     x, y = x - x.mean(), y - y.mean()
     norms = x.norm() * y.norm()
     return (x @ y / norms).item() if norms > 0 else None
