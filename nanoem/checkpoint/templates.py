@@ -1,6 +1,7 @@
 """A model folder's tokenizer: tokenizer.json, its chat template, its stop ids; read and checked."""
 
 import re
+from pathlib import Path
 
 import tokenizers
 
@@ -11,6 +12,7 @@ from nanoem.tokenizer import IM_END, IM_START, Tokenizer
 
 def open_tokenizer(folder):
     """The tokenizer of a model folder, with its chat template and all of its stop ids."""
+    folder = Path(folder)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     template, file = read_template(folder)
     if template is not None:
@@ -30,7 +32,7 @@ def open_tokenizer(folder):
 
 def read_tokenizer(path):
     """Open a tokenizer.json. Raises UserError, naming the file."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path} does not exist; a model folder needs a tokenizer.json")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))

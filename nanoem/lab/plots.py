@@ -6,6 +6,7 @@ over seeds, each dot a seed; with one seed, the headline has its 95% interval in
 
 import io
 import textwrap
+from pathlib import Path
 from statistics import median
 
 import matplotlib
@@ -53,7 +54,7 @@ def draw_all(results, folder):
     for draw, drawn in ((em_by_group, results), (training_curves, results),
                         (one_direction, directed), (other_fine_tunes, transferred)):
         if drawn:
-            paths.append(save(draw(drawn), folder / f"{draw.__name__}.png"))
+            paths.append(save(draw(drawn), Path(folder) / f"{draw.__name__}.png"))
     return paths
 
 
@@ -182,7 +183,7 @@ def draw_row(row, results, folder):
     n_lines = -(-len(title) // 95)
     figure.suptitle(textwrap.fill(title, len(title) // n_lines + 8), fontsize=10)
     note_seeds(figure, results, row.note)
-    return save(figure, folder / f"{row.name}.png")
+    return save(figure, Path(folder) / f"{row.name}.png")
 
 
 # --- the main story -------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def check_lengths(run):
 
     # to ask
     for question in chain(*run.asked.values()):
-        refuse_long(run, [f"{source}: {last(question.text)!r:.60} with its answer"],
+        refuse_long(run, [f"{source}: the answer to {last(question.text)!r:.60}"],
                     [run.tokenizer.prompt(question.text)], run.config.evaluation.max_new_tokens,
                     "lower evaluation.max_new_tokens")
 
