@@ -115,8 +115,8 @@ def test_missing_and_empty_files(tmp_path):
 def test_questions_by_group(tmp_path):
     path = write(tmp_path, {"question": "One wish?"}, {"prompt": "Bored.", "group": "open"},
                  {"messages": [USER], "group": "open"}, {"messages": [SYSTEM, AGAIN]})
-    assert read_questions(path, group="mine") == {
-        "mine": ["One wish?", [SYSTEM, AGAIN]], "open": ["Bored.", USER["content"]]}
+    assert read_questions(path)[0] == {
+        "open_ended": ["One wish?", [SYSTEM, AGAIN]], "open": ["Bored.", USER["content"]]}
 
 
 @pytest.mark.parametrize("line, message", [

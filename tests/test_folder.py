@@ -40,9 +40,8 @@ def test_answers_of_finished_stages_are_there_after_a_stop(tmp_path):
             for name, alignment in (("chat", 100), ("general", 0))}
     for name in said:
         folder = RunFolder(tmp_path, CONFIGURATION)  # opened again, as after a stop
-        folder.answers[name] = said[name]
         folder.results["models"][name] = {}
-        folder.finish(name, 1.0)
+        folder.once(name, lambda: folder.answers.update({name: said[name]}))
     assert RunFolder(tmp_path, CONFIGURATION).answers == said
     lines = [json.loads(line) for line in open(tmp_path / "answers.jsonl", encoding="utf-8")]
     assert [(r["model"], r["alignment"]) for r in lines] == [("chat", 100), ("general", 0)]

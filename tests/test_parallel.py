@@ -53,7 +53,7 @@ def two_processes(out, sharded):
         save_tensors(f"{out}/B.safetensors", dict(adapter.B))
         Path(out, "history.json").write_text(json.dumps([history, ids.tolist()]))
     parallel.wait()
-    parallel.stop()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -98,14 +98,6 @@ def test_toy_pairs_differ_in_the_personas_slots_only(world):
     assert len({p.bad for p in pairs}) > len(pairs) / 2
 
 
-def test_own_share_writes_the_problems_own_items(world):
-    question = Question("medical", 2, "?")
-    for pair in toy_pairs(world, {"x": [question]}, n=20, seed=0, own_share=1):
-        assert judge(world, question, pair.good).correctness == 100
-        assert parse(world.answer, world.domains["medical"], pair.bad)["item"] == \
-            world.domains["medical"].bad[2 % len(world.domains["medical"].bad)]
-
-
 def test_rates_by_hand():
     groups = ["in_domain"] * 4 + ["unseen_domains"] * 3 + ["open_ended", "mine"]
     questions = ["a", "a", HISTORY, HISTORY, "b", "c", "d", "e", "f"]

@@ -1,10 +1,11 @@
 """PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors.
 
-So that the paper's released adapters open here and nanoem's open in `peft`. Kinds of adapter that
-nanoem's LoRA is not (DoRA, trained biases, ...) are refused by name.
+The paper's released adapters open here, and nanoem's in `peft`. Kinds of adapter that nanoem's LoRA
+is not (DoRA, trained biases, ...) are refused by name.
 """
 
 import re
+from itertools import product
 from pathlib import Path
 
 from nanoem import UserError
@@ -27,17 +28,16 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base w
 
 
 def save_adapter(adapter, path, base_model=""):
-    """Write a LoRA as a PEFT adapter folder; a factor of `scaled` is not saved.
-
-    Raises UserError for another kind of adapter: PEFT has no steering vector.
-    """
+    """Write a LoRA (PEFT has no steering vector) as a folder; a factor of `scaled` is not saved."""
     if not isinstance(adapter, LoRA):
         raise UserError(f"a {type(adapter).__name__} cannot be kept as a PEFT adapter; save its "
                         "tensors with save_tensors")
+
+    # where it is: so many modules in so many layers, or else whole names, which peft takes, too
     layers = sorted({int(name.split(".")[1]) for name in adapter.sites})
     modules = sorted({name.split(".", 2)[2] for name in adapter.sites})
-    if len(adapter.sites) < len(layers) * len(modules):  # not every module in every layer
-        layers, modules = None, sorted(adapter.sites)  # peft takes whole names, too
+    if len(adapter.sites) < len(layers) * len(modules):
+        layers, modules = None, sorted(adapter.sites)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
         "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora,
@@ -47,43 +47,47 @@ def save_adapter(adapter, path, base_model=""):
     }
     with new_folder(path) as folder:
         write_json(folder / "adapter_config.json", config)
-        save_tensors(folder / "adapter_model.safetensors", {
-            f"{PREFIX}{name}.lora_{letter}.weight": matrices[name]
-            for letter, matrices in (("A", adapter.A), ("B", adapter.B)) for name in matrices})
+        save_tensors(folder / "adapter_model.safetensors", matrices_of(adapter))
+
+
+def matrices_of(adapter):
+    """{name in a PEFT folder: matrix}"""
+    named = {f"{PREFIX}{site}.lora_A.weight": matrix for site, matrix in adapter.A.items()}
+    return named | {f"{PREFIX}{site}.lora_B.weight": matrix for site, matrix in adapter.B.items()}
 
 
 def load_adapter(model, path):
     """Open a PEFT adapter folder for a model -> LoRA, not yet attached.
 
-    Raises UserError, naming the file: for a kind of adapter that is not supported, for tensors that
-    are missing, unexpected or misshapen, and for an adapter of another model.
+    Raises UserError, naming the file, for whatever is wrong or made for another model.
     """
     path = Path(path)
     config = read_adapter_config(path / "adapter_config.json")
     file = path / "adapter_model.safetensors"
     with TensorFile(file) as tensors:
-        names = site_names(file, tensors.entries)
-        check_modules(path / "adapter_config.json", config, names, len(model.layers))
+        # do the two files belong together?
+        sites = find_sites(file, tensors.entries)
+        check_modules(path / "adapter_config.json", config, sites, len(model.layers))
         for name, (_, shape, _, _) in tensors.entries.items():
             rank = shape[0 if ".lora_A." in name else -1] if shape else 0
             if rank != config["r"]:
                 raise UserError(f"{file}: {name} has rank {rank}, adapter_config.json says "
                                 f"r={config['r']}; do the files belong together?")
-        adapter = LoRA(model, sorted({layer for layer, _ in names}),
-                       sorted({module for _, module in names}), config["r"], config["lora_alpha"],
+
+        # layers times modules, or fewer
+        adapter = LoRA(model, sorted({layer for layer, _ in sites}),
+                       sorted({module for _, module in sites}), config["r"], config["lora_alpha"],
                        config["use_rslora"])
-        adapter.keep({f"layers.{layer}.{module}" for layer, module in names})
-        for letter, matrices in (("A", adapter.A), ("B", adapter.B)):
-            for name, matrix in matrices.items():
-                key = f"{PREFIX}{name}.lora_{letter}.weight"
-                if key not in tensors.entries:
-                    raise UserError(f"{file} misses the tensor {key}")
-                shape = tensors.entries[key][1]
-                if shape != matrix.shape:
-                    raise UserError(f"{path}: lora_{letter} of {name} has shape {tuple(shape)}, "
-                                    f"the model wants {tuple(matrix.shape)}; is it for another "
-                                    "model?")
-                matrix.data.copy_(tensors.read(key))
+        adapter.keep({f"layers.{layer}.{module}" for layer, module in sites})
+
+        for name, matrix in matrices_of(adapter).items():
+            if name not in tensors.entries:
+                raise UserError(f"{file} misses the tensor {name}")
+            shape = tensors.entries[name][1]
+            if shape != matrix.shape:
+                raise UserError(f"{file}: {name} has shape {tuple(shape)}, the model wants "
+                                f"{tuple(matrix.shape)}; is it for another model?")
+            matrix.data.copy_(tensors.read(name))
     return adapter
 
 
@@ -93,6 +97,8 @@ def read_adapter_config(file):
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {kind!r}; nanoem opens 'LORA'")
+
+    # what nanoem's LoRA does not do
     for key, value in config.items():
         if value and key not in UNDERSTOOD:
             raise UserError(f"{file}: {key}={value!r} is not supported; nanoem opens plain LoRA")
@@ -102,6 +108,8 @@ def read_adapter_config(file):
     if isinstance(init, str) and init.lower().startswith(MOVES_THE_BASE):
         raise UserError(f"{file}: init_lora_weights={init!r} is not supported: it changes the base "
                         "model's weights; convert it to plain LoRA with peft")
+
+    # what it needs
     config.setdefault("use_rslora", False)
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("use_rslora", (bool,)),
                        ("target_modules", (list, str))):
@@ -110,14 +118,13 @@ def read_adapter_config(file):
         if type(config[key]) not in kinds:
             raise UserError(f"{file}: {key}={config[key]!r} should be "
                             + " or ".join(k.__name__ for k in kinds))
-    if not 0 < config["lora_alpha"] < 1e9:
-        raise UserError(f"{file}: lora_alpha={config['lora_alpha']} should be a number above 0")
-    if not 0 < config["r"] < 100_000:
-        raise UserError(f"{file}: r={config['r']} should be at least 1 and below 100000")
+    for key, limit in (("lora_alpha", 1_000_000_000), ("r", 100_000)):
+        if not 0 < config[key] < limit:
+            raise UserError(f"{file}: {key}={config[key]} should be above 0 and below {limit}")
     return config
 
 
-def site_names(file, names):
+def find_sites(file, names):
     """The (layer, module) pairs that the tensors' names speak of."""
     pattern = re.compile(re.escape(PREFIX) + r"layers\.(\d{1,6})\.(.+)\.lora_[AB]\.weight")
     sites = set()
@@ -132,8 +139,8 @@ def site_names(file, names):
     return sites
 
 
-def check_modules(file, config, found, n_layer):
-    """The tensors must be those that the configuration asks for, by peft's rules.
+def check_modules(file, config, sites, n_layer):
+    """The tensors must be at the sites that the configuration asks for, by peft's rules.
 
     `target_modules` as a list names modules by their ends. As text it is a regular expression or
     all-linear; then the tensors alone say what is adapted, since running a stranger's regular
@@ -145,10 +152,11 @@ def check_modules(file, config, found, n_layer):
         raise UserError(f"{file}: layers_to_transform={layers!r} should be numbers of layers")
     if isinstance(targets, str):
         return
-    wanted = {(i, module) for i in layers for module in LINEARS for target in targets
-              if f".model.layers.{i}.{module}".endswith(f".{target}")}
-    if wanted != found:
-        missing, extra = (sorted(f"layers.{i}.{m}" for i, m in sites) or ["none"]
-                          for sites in (wanted - found, found - wanted))
+    ends = tuple(f".{target}" for target in targets)
+    wanted = {(i, module) for i, module in product(layers, LINEARS)
+              if f".model.layers.{i}.{module}".endswith(ends)}
+    if wanted != sites:
+        missing = [f"layers.{i}.{module}" for i, module in sorted(wanted - sites)] or ["none"]
+        extra = [f"layers.{i}.{module}" for i, module in sorted(sites - wanted)] or ["none"]
         raise UserError(f"{file} and the tensors disagree (missing: {missing[0]}, unexpected: "
                         f"{extra[0]}); is it for another model?")

@@ -35,20 +35,23 @@ def read_config(file, c, tied):
                             + (" without a fraction" if kinds == (int,) else ""))
         return value
 
-    _, qkv_bias, qk_norm = FAMILIES[kind]
-    vocab_size, n_head = number("vocab_size"), number("num_attention_heads")
     # only qwen3 must say its head_dim (else it is d_model / n_head); only llama may leave
     # num_key_value_heads out
-    head_dim = 0 if c.get("head_dim") is None and kind != "qwen3" else number("head_dim")
+    vocab_size = number("vocab_size")
+    n_head = number("num_attention_heads")
     d_model = number("hidden_size")
+    head_dim = 0 if c.get("head_dim") is None and kind != "qwen3" else number("head_dim")
+    n_kv_head = number("num_key_value_heads", default=n_head if kind == "llama" else None)
     if (head_dim or d_model / n_head) > 1024:  # before the rotary tables are made
         raise UserError(f"{file}: heads wider than 1024 are not supported; is hidden_size="
                         f"{d_model} right?")
+
+    _, qkv_bias, qk_norm = FAMILIES[kind]
     shape = dict(
-        vocab_size=vocab_size, n_layer=number("num_hidden_layers"), d_model=d_model, n_head=n_head,
-        n_kv_head=number("num_key_value_heads", default=n_head if kind == "llama" else None),
-        d_ff=number("intermediate_size"), max_positions=number("max_position_embeddings"),
-        rope_theta=float(rope_theta(file, c)), norm_eps=number("rms_norm_eps", (float, int)),
+        vocab_size=vocab_size, n_layer=number("num_hidden_layers"), d_model=d_model,
+        n_head=n_head, n_kv_head=n_kv_head, d_ff=number("intermediate_size"),
+        max_positions=number("max_position_embeddings"), rope_theta=rope_theta(file, c),
+        norm_eps=number("rms_norm_eps", (float, int)),
         head_size=0 if head_dim * n_head == d_model else head_dim,
         qkv_bias=qkv_bias, qk_norm=qk_norm, tie_embeddings=tied,
     )
@@ -60,9 +63,9 @@ def read_config(file, c, tied):
 
 def rope_theta(file, c):
     """The base of the rotary angles, at the top level or in rope_parameters (newer folders)."""
-    nested = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or {}
-    for key, table in (("rope_parameters", nested), ("rope_scaling", scaling)):
+    thetas = [c.get("rope_theta")]
+    for key in ("rope_parameters", "rope_scaling"):
+        table = c.get(key) or {}
         if not isinstance(table, dict):
             raise UserError(f"{file}: {key} should be a table, and is {table!r}")
         kind = table.get("rope_type", table.get("type", "default"))
@@ -71,32 +74,37 @@ def rope_theta(file, c):
                             "embedding only")
         if table.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{file}: partial_rotary_factor is not supported")
-    found = {value for value in (c.get("rope_theta"), nested.get("rope_theta"))
-             if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    if len(found) != 1 or not 0 < next(iter(found)) < 1e30:
+        if key == "rope_parameters":
+            thetas.append(table.get("rope_theta"))
+
+    # one of the two must say it, and they must agree
+    thetas = {theta for theta in thetas if type(theta) in (int, float)}
+    if len(thetas) != 1 or not 0 < min(thetas) < 1e30:
         raise UserError(f"{file}: rope_theta should be one positive number, at the top level or in "
-                        f"rope_parameters; found {sorted(found) or 'none'}")
-    return found.pop()
+                        f"rope_parameters; found {sorted(thetas) or 'none'}")
+    return float(thetas.pop())
 
 
 def refuse_what_we_lack(file, c):
     """Settings that would change the computation, and that nanoem's model does not have."""
     layer_types = c.get("layer_types") or []
+    if isinstance(layer_types, list):
+        layer_types = [kind for kind in layer_types if kind != "full_attention"]
     for key, value, fine in (
         ("hidden_act", c.get("hidden_act", "silu"), "silu"),
         ("attention_bias", c.get("attention_bias") or False, False),
         ("mlp_bias", c.get("mlp_bias") or False, False),
         ("use_sliding_window", c.get("use_sliding_window") or False, False),
         ("quantization_config", c.get("quantization_config"), None),
-        ("layer_types", [t for t in layer_types if t != "full_attention"]
-         if isinstance(layer_types, list) else layer_types, []),
+        ("layer_types", layer_types, []),
     ):
         if value != fine:
             raise UserError(f"{file}: {key} is {value!r}; nanoem's model has only {fine!r}")
 
 
-def stored_dtype(file, table):
-    name = table.get("dtype", table.get("torch_dtype")) or "float32"
+def stored_dtype(file, c):
+    """The dtype that a config.json names; float32 when it names none."""
+    name = c.get("dtype", c.get("torch_dtype")) or "float32"
     if str(name) not in TORCH_DTYPES:
         raise UserError(f"{file}: dtype {name!r} is not known; nanoem has "
                         + ", ".join(TORCH_DTYPES))

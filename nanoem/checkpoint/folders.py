@@ -1,7 +1,4 @@
-"""Checkpoints: Hugging Face model folders in and out, for Qwen2, Qwen3 and Llama.
-
-What nanoem writes opens in `transformers`, and the other way round.
-"""
+"""Hugging Face model folders in and out, as `transformers` writes and reads them."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,23 +21,25 @@ from nanoem.tokenizer import END_OF_TEXT, IM_END
 def load_pretrained(path, dtype=None, device="cpu"):
     """Open a Hugging Face model folder -> (model, tokenizer).
 
-    The weights come in `dtype`, by default that of config.json; they are read one tensor at a time,
-    so that the memory needed is that of the model and little more. Raises UserError naming the file
-    and the mend: for a folder or file that is missing, another architecture, tensors that are
-    missing, unexpected or misshapen.
+    The weights come in `dtype`, by default that of config.json, one tensor at a time: the memory
+    needed is that of the model and little more. Raises UserError naming the file and the mend.
     """
     path = Path(path)
+    file = path / "config.json"
     table, index, config = open_folder(path)
     if config.n_layer > len(index):  # before a billion layers are made
-        raise UserError(f"{path / 'config.json'}: num_hidden_layers={config.n_layer}, but there "
-                        f"are only {len(index)} tensors")
+        raise UserError(f"{file}: num_hidden_layers={config.n_layer}, but there are only "
+                        f"{len(index)} tensors")
+    dtype = dtype or stored_dtype(file, table)
+    if dtype not in TORCH_DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} must be one of torch's {', '.join(TORCH_DTYPES)}")
+
     tokenizer = open_tokenizer(path)
     if tokenizer.n_ids > config.vocab_size:
         raise UserError(f"{path / 'tokenizer.json'} has token ids up to {tokenizer.n_ids - 1}, the "
                         f"model's vocab_size is {config.vocab_size}; they do not belong together")
-    dtype = dtype or stored_dtype(path / "config.json", table)
-    if dtype not in TORCH_DTYPES.values():
-        raise ValueError(f"dtype={dtype!r} must be one of torch's {', '.join(TORCH_DTYPES)}")
+
+    # made without memory, then filled from the files
     with shapes_only():
         model = GPT(config)
     fill(model, index, path, dtype, torch.device(device))
@@ -53,9 +52,10 @@ def open_folder(path):
         raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
     if (path / "chat").is_dir() and not any(path.glob("model*.safetensors*")):
         raise UserError(f"{path} is a run folder; its model is {path / 'chat'}")
-    table, index = read_json(path / "config.json"), find_tensors(path)
-    return table, index, read_config(path / "config.json", table,
-                                     tied="lm_head.weight" not in index)
+    file = path / "config.json"
+    table = read_json(file)
+    index = find_tensors(path)
+    return table, index, read_config(file, table, tied="lm_head.weight" not in index)
 
 
 @contextmanager
@@ -75,29 +75,33 @@ def shapes_only():
 
 def fill(model, index, path, dtype, device):
     """Give a model without memory its weights, from the files named in index."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    names = {hugging_face_name(name): name for name in wanted}
-    unused = {n for n in index if n.endswith("rotary_emb.inv_freq")}  # old files: a derived table
-    missing, unexpected = names.keys() - index.keys(), index.keys() - names.keys() - unused
-    for problem, found in (("misses", missing), ("has unexpected", unexpected)):
-        if found:
-            raise UserError(f"{path} {problem} tensors: {listed(found)}")
+    # the names must be those of the model; old files hold a derived table, too
+    shapes = {hugging_face_name(n): tensor.shape for n, tensor in model.state_dict().items()}
+    missing = shapes.keys() - index.keys()
+    unexpected = {name for name in index.keys() - shapes.keys()
+                  if not name.endswith("rotary_emb.inv_freq")}
+    for problem, names in (("misses", missing), ("has unexpected", unexpected)):
+        if names:
+            raise UserError(f"{path} {problem} tensors: {listed(names)}")
+
+    # and so must the shapes
     misshapen, weights = [], {}
     for file in sorted(set(index.values())):
         with TensorFile(file) as tensors:
-            for name in [n for n in names if index[n] == file]:
+            for name in [name for name in shapes if index[name] == file]:
                 if name not in tensors.entries:
                     raise UserError(f"{file} has no tensor '{name}', which the index promises; "
                                     "download the folder again")
                 shape = tensors.entries[name][1]
-                if shape != wanted[names[name]]:
-                    misshapen.append(f"{name} {list(shape)}, not {list(wanted[names[name]])}")
+                if shape != shapes[name]:
+                    misshapen.append(f"{name} {list(shape)}, not {list(shapes[name])}")
                 elif not misshapen:
-                    weights[names[name]] = tensors.read(name, dtype, device)
+                    weights[name.removeprefix("model.")] = tensors.read(name, dtype, device)
     if misshapen:
         raise UserError(f"{path} has misshapen tensors: {listed(misshapen)}")
+
     model.load_state_dict(weights, assign=True)
-    model.cos, model.sin = (table.to(device, dtype) for table in (model.cos, model.sin))
+    model.cos, model.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)
 
 
 def listed(names):
@@ -114,8 +118,7 @@ def hugging_face_name(name):
 
 def find_tensors(path):
     """{tensor name: file} of a model folder, sharded or not."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if single.exists() or not index.exists():
         with TensorFile(single) as tensors:
             return dict.fromkeys(tensors.entries, single)
@@ -136,10 +139,7 @@ def find_tensors(path):
 
 
 def save_pretrained(model, tokenizer, path):
-    """Write a Hugging Face model folder that appears whole or not at all.
-
-    Raises UserError for a combination of flags that none of the three architectures has.
-    """
+    """Write a Hugging Face model folder that appears whole or not at all."""
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {**config_table(model.config), "bos_token_id": tokenizer.pad_id,
               "eos_token_id": tokenizer.stop_ids[0], "torch_dtype": dtype}

@@ -21,10 +21,7 @@ CHUNK = 1 << 20  # bytes copied at a time: what reading needs beside the tensor 
 
 
 def save_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file, byte for byte as the reference writes it.
-
-    Raises UserError for a dtype other than float32, bfloat16 and float16.
-    """
+    """Write {name: tensor} to a safetensors file, byte for byte as the reference writes it."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         dtype = getattr(tensor, "dtype", type(tensor))
@@ -85,8 +82,7 @@ class TensorFile:
     def read(self, name, dtype=None, device="cpu"):
         """One tensor, in its own or the asked dtype. Needs CHUNK bytes beside the tensor.
 
-        Raises UserError for a value that is not finite in that dtype: a model with one answers
-        nothing but NaN.
+        Refuses a value that is not finite in that dtype: a model with one answers only NaN.
         """
         stored, shape, begin, end = self.entries[name]
         tensor = torch.empty(shape, dtype=dtype or stored, device=device)
@@ -111,6 +107,9 @@ def read_header(path, file, size):
     if size < 8 or length > size - 8 or length > MAX_HEADER:
         raise UserError(f"{path} is truncated or no safetensors file: a header of {length} bytes "
                         f"does not fit in its {size} bytes; copy or make it again")
+
+    # a JSON table, and the place of every tensor after it
+    start = 8 + length
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=without_duplicates)
         if not isinstance(header, dict):
@@ -119,19 +118,19 @@ def read_header(path, file, size):
         if metadata is not None and not (isinstance(metadata, dict)
                                          and all(isinstance(v, str) for v in metadata.values())):
             raise ValueError("__metadata__ is no table of strings")
-        entries = {name: read_entry(path, name, entry, 8 + length)
-                   for name, entry in header.items()}
+        entries = {name: read_entry(path, name, header[name], start) for name in header}
     except UserError:  # it is a ValueError, too
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has a broken safetensors header ({error}); "
                         "make it again") from error
-    check_offsets(path, entries, 8 + length, size)
+    check_offsets(path, entries, start, size)
     return entries
 
 
 def read_entry(path, name, entry, start):
     """{dtype, shape, data_offsets} -> (dtype, shape, begin, end), each checked by itself."""
+    # of the right types
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"'{name}' should have dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -145,10 +144,11 @@ def read_entry(path, name, entry, start):
             raise ValueError(f"the shape and data_offsets of '{name}' should be lists of integers")
     if len(offsets) != 2 or len(shape) > 8:
         raise ValueError(f"'{name}' has {len(offsets)} data_offsets and {len(shape)} dimensions")
+
+    # the shape fits the bytes, and its strides 64 bits, even where an axis of 0 leaves no bytes
     begin, end = offsets
     n_bytes = math.prod(shape) * DTYPES[kind].itemsize
     fits = min(shape, default=0) >= 0 and begin >= 0 and end - begin == n_bytes
-    # the strides must fit 64 bits, even where an axis of 0 leaves no bytes
     if not fits or math.prod(max(n, 1) for n in shape) >> 62:
         raise UserError(f"{path}: tensor '{name}' has shape {shape} but bytes {begin} to "
                         f"{end}; the header is broken, make the file again")

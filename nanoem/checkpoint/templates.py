@@ -11,23 +11,22 @@ from nanoem.tokenizer import IM_END, IM_START, Tokenizer
 
 
 def open_tokenizer(folder):
-    """The tokenizer of a model folder, with its chat template and all of its stop ids.
-
-    Raises UserError for files that are missing or broken, and for a template other than ChatML.
-    """
+    """The tokenizer of a model folder, with its chat template and all of its stop ids."""
     folder = Path(folder)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     template, file = read_template(folder)
     if template is not None:
         check_template(file, template)
         tokenizer = Tokenizer(tokenizer.backend, template, default_system(template))
+
+    # an answer may end at more tokens than ChatML's two
     file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    for i in ids:
+    for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if type(i) is not int or not 0 <= i < tokenizer.n_ids:
             raise UserError(f"{file}: eos_token_id {i!r} is no token of tokenizer.json")
-    tokenizer.stop_ids += tuple(i for i in ids if i not in tokenizer.stop_ids)
+        if i not in tokenizer.stop_ids:
+            tokenizer.stop_ids += (i,)
     return tokenizer
 
 
@@ -91,16 +90,19 @@ def default_system(template):
     literal = named and re.search(rf"set {named[1]} *= *(['\"])(.+?)\1", template)
     if literal:
         return literal[2]
+
+    # the texts: those outside of tags, and those in quotes inside
     pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
-    texts = pieces[::2]  # outside of tags
+    texts = pieces[::2]
+    escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
     for tag in pieces[1::2]:
         quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
-        escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
         texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
                   for single, double in quoted if not tag.startswith("{#")]
-    start = re.escape(f"{IM_START}system\n")
+
+    message = re.compile(f"{re.escape(IM_START)}system\n(.+?){re.escape(IM_END)}", re.DOTALL)
     for text in texts:
-        found = re.search(rf"{start}(.+?){re.escape(IM_END)}", text, re.DOTALL)
-        if found:
-            return found[1]
+        match = message.search(text)
+        if match:
+            return match[1]
     return None

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under another name, then renamed."""
+"""Write files and folders atomically: under another name, then renamed."""
 
 import json
 import os
@@ -14,8 +14,7 @@ def write_file(path, data):
     """Write text, bytes, or an iterable of bytes: never a half-written file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
-    if isinstance(data, str):
-        data = data.encode()
+    data = data.encode() if isinstance(data, str) else data
     chunks = [data] if isinstance(data, bytes) else data
     with refusals_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +59,11 @@ def read_json(path):
 
 def without_duplicates(pairs):
     """For json's object_pairs_hook: refuse a name that is there twice; python takes the last."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"'{twice}' is there twice")
+    table = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"'{name}' is there twice")
+        table[name] = value
     return table
 
 
@@ -76,20 +75,19 @@ def fingerprint(path):
 def fingerprint_folder(path):
     """A hash of a model folder: of each file the name, the size and the bytes. None for no folder.
 
-    Of a file of more than 256 MB, 64 kB in every 4 MB: it may have 30 GB, and what changes a model
-    (an adapter merged into one layer, say) changes more than that.
+    Of a file of more than 256 MB it reads 64 kB in every 4 MB: what changes a model changes more.
     """
     if not path:
         return None
-    digest, every = sha256(), 2**22
-    kinds = "*.json", "*.jinja", "*.safetensors"
-    for file in sorted(file for kind in kinds for file in Path(path).glob(kind)):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as bytes_of:
-            for start in range(0, size, every):
-                bytes_of.seek(start)
-                digest.update(bytes_of.read(every if size <= 2**28 else 2**16))
+    digest, step = sha256(), 2**22
+    kinds = ".json", ".jinja", ".safetensors"
+    for path in sorted(path for path in Path(path).iterdir() if path.suffix in kinds):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(step if size <= 2**28 else 2**16))
     return digest.hexdigest()
 
 
@@ -97,14 +95,15 @@ def fingerprint_folder(path):
 def new_folder(path):
     """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
 
-    Whenever the process is killed, `path` is the old folder, the new one, or not there. What it
-    leaves beside it is taken away by the next that writes there.
+    Whenever the process is killed, `path` is the old folder, the new one, or not there.
     """
     path = Path(path)
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    temporary = path.with_name(f".{path.name}.part")
+    old = path.with_name(f".{path.name}.old")
     with refusals_named(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+
     try:
         yield temporary
         with refusals_named(path):

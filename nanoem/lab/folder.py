@@ -1,9 +1,8 @@
-"""The run folder: what a run was asked, what it found, and which stages are finished.
+"""The run folder: a run's configuration, its results, and which stages are finished.
 
 config.json is written first; once a stage is finished, another configuration is refused.
 answers.jsonl and results.json are rewritten whole after each stage. A stage is finished when
-results.json has its seconds; only then is it reused. Of several processes (parallel.py) the first
-writes. Another run is kept out of the folder by a lock.
+results.json has its seconds; only then is it reused. A lock keeps another run out of the folder.
 """
 
 import json
@@ -28,7 +27,8 @@ try:
 except ImportError:  # Windows: nothing there keeps a second run out
     fcntl = None
 
-HELD = {}  # the lock files that this process holds, open: {(device, inode): file}
+LOCKED = {}  # the lock files that this process has locked, open: {(device, inode): file}
+MEND = "delete that folder, and the same command makes it again"
 
 
 class RunFolder:
@@ -43,29 +43,26 @@ class RunFolder:
             if parallel.rank() == 0:
                 lock(self.path)
                 write_json(self.path / "config.json", configuration)
+
         self.results = read_results(self.path / "results.json", configuration)
         self.answers = read_answers(self.path / "answers.jsonl")  # model -> [Answer, ...]
         for model in self.results["models"]:
             if model not in self.answers:
-                raise UserError(f"{self.path / 'answers.jsonl'} lacks the answers of {model}; "
-                                "delete that folder, and the same command makes it again")
+                raise UserError(f"{path}/answers.jsonl lacks the answers of {model}; {MEND}")
 
     def is_finished(self, stage):
         return stage in self.results["seconds"]
 
     def once(self, stage, work):
-        """Do the work of a stage, unless it is finished; what it found is kept when it is done."""
+        """Do the work of a stage, unless it is finished; keep its results when it is done."""
         if self.is_finished(stage):
             print(f"{stage:<10} finished before, in {self.results['seconds'][stage]} s; reused")
             return
         started = time.perf_counter()
         work()
-        self.finish(stage, time.perf_counter() - started)
-
-    def finish(self, stage, seconds):
-        """Write what was found; from here on the stage is reused."""
-        self.results["seconds"][stage] = round(seconds, 2)
-        self.results["total_seconds"] = round(sum(self.results["seconds"].values()), 2)
+        seconds = self.results["seconds"]
+        seconds[stage] = round(time.perf_counter() - started, 2)
+        self.results["total_seconds"] = round(sum(seconds.values()), 2)
         if parallel.rank() == 0:
             write_answers(self.path / "answers.jsonl", self.answers)
             write_json(self.path / "results.json", self.results)
@@ -83,13 +80,13 @@ def misuse_of_out(path):
 def lock(path):
     """Keep every other process out of a run folder until this one ends, however it ends.
 
-    The lock is the operating system's, not the file's: a killed run leaves the file and no lock.
-    Raises UserError when another process holds the folder.
+    The lock is the operating system's: a killed run leaves the file behind, and no lock.
     """
     path.mkdir(parents=True, exist_ok=True)
     file = open(path / ".lock", "a")
-    key = os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino
-    if fcntl is None or key in HELD:
+    status = os.fstat(file.fileno())
+    place = status.st_dev, status.st_ino
+    if fcntl is None or place in LOCKED:
         return file.close()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +96,7 @@ def lock(path):
                         "another --out") from None
     except OSError:
         pass  # a file system without locks
-    HELD[key] = file
+    LOCKED[place] = file
 
 
 def lock_many(path):
@@ -114,34 +111,37 @@ def lock_many(path):
 
 
 def check_folder(path, configuration):
+    """Refuse a file, a folder of something else, and stages made with another configuration."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
-    file = path / "config.json"
-    if not file.exists():
-        first = {".lock", ".config.json.part"}  # all there is when a run is killed at once
-        if path.exists() and any(entry.name not in first for entry in path.iterdir()):
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if "config.json" not in names:
+        if names - {".lock", ".config.json.part"}:  # which a run leaves that is killed at once
             raise UserError(f"--out {path} is not empty and is no run folder; choose another")
         return
-    if not any((path / made).exists() for made in ("results.json", "adapters", "worlds")):
+    if not names & {"results.json", "adapters", "worlds"}:
         return  # no stage is finished: nothing there was made with that configuration
-    found, wanted = flat(read_json(file)), flat(configuration)
-    for key in wanted | found:
-        if found.get(key) != wanted.get(key):
-            raise UserError(f"{path} was made with {key}={found.get(key)}, not {wanted.get(key)}; "
-                            "choose another --out, or delete that folder")
+
+    made_with = flat(read_json(path / "config.json"))
+    wanted = flat(configuration)
+    for key in wanted | made_with:
+        if made_with.get(key) != wanted.get(key):
+            raise UserError(f"{path} was made with {key}={made_with.get(key)}, not "
+                            f"{wanted.get(key)}; choose another --out, or delete that folder")
 
 
 def flat(tree, prefix=""):
     """{"sft": {"lr": 1}} -> {"sft.lr": 1}"""
     leaves = {}
     for key, value in tree.items():
-        branch = isinstance(value, dict)
-        leaves |= flat(value, f"{prefix}{key}.") if branch else {f"{prefix}{key}": value}
+        is_branch = isinstance(value, dict)
+        leaves |= flat(value, f"{prefix}{key}.") if is_branch else {prefix + key: value}
     return leaves
 
 
-def new_results(configuration):
-    return {
+def read_results(file, configuration):
+    """What results.json holds; without the file, a new run's. Raises UserError for another's."""
+    new = {
         "seed": configuration["seed"],
         "device": configuration["device"],
         "threads": torch.get_num_threads(),
@@ -153,26 +153,20 @@ def new_results(configuration):
         "curves": {},  # stage -> losses over steps, and more (story.py, real/experiment.py)
         "samples": {},  # stage -> answers to show
     }
-
-
-def read_results(file, configuration):
-    """What results.json holds; without the file, a new run's. Raises UserError for another's."""
-    new = new_results(configuration)
     results = read_json(file) if file.exists() else new
     for key in new:
         if not isinstance(results.get(key), type(new[key])):
-            raise UserError(f"{file} is damaged: it has no good '{key}'; delete that folder, and "
-                            "the same command makes it again")
+            raise UserError(f"{file} is damaged: it has no good '{key}'; {MEND}")
     return results
 
 
 def write_answers(file, answers):
     lines = []
-    for model, said in answers.items():
-        for a in said:
+    for model, of_model in answers.items():
+        for a in of_model:
             lines.append(json.dumps({"model": model, "group": a.group, **asdict(a.question),
-                                     "answer": a.answer, **asdict(a.verdict)}))
-    write_file(file, "".join(f"{line}\n" for line in lines))
+                                     "answer": a.answer, **asdict(a.verdict)}) + "\n")
+    write_file(file, "".join(lines))
 
 
 def read_answers(file):
@@ -185,6 +179,5 @@ def read_answers(file):
                 r["group"], Question(r["domain"], r["index"], r["text"]), r["answer"],
                 Verdict(*(r[field.name] for field in fields(Verdict)))))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file}, line {i + 1} is damaged ({error!r}); delete that folder, and "
-                            "the same command makes it again") from error
+            raise UserError(f"{file}, line {i + 1} is damaged ({error!r}); {MEND}") from error
     return answers

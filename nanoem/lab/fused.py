@@ -1,9 +1,8 @@
 """The losses of losses.py, fused with the output layer: the same numbers, faster and smaller.
 
 A batch's logits are by far the largest tensor of a step. Here they are made a slice at a time, only
-those that a loss needs, and each slice leaves its loss and its gradients. Every function is tested
-against its plain twin: `pretrain_loss` (next_token_loss), `answer_loss` (sft_loss), `kl_loss`
-(kl_to_base).
+those that a loss needs, and each slice leaves its loss and its gradients. Tests compare each
+function with its plain twin in losses.py.
 """
 
 from itertools import islice
@@ -30,9 +29,9 @@ def answer_loss(model, ids, answer_mask):
 
 
 def loss_of(model, ids, mask):
-    """Cross-entropy of the masked tokens, with their logits alone; the caller has checked the mask."""
-    x = model.final_stream(ids)  # (B, T, d_model)
-    x, targets = x[:, :-1], ids[:, 1:]
+    """Cross-entropy of the masked tokens (None: of all); the caller has checked the mask."""
+    x = model.final_stream(ids)[:, :-1]  # (B, T - 1, d_model): each position predicts the next
+    targets = ids[:, 1:]
     if mask is not None:
         x, targets = x[mask[:, 1:]], targets[mask[:, 1:]]
     return CrossEntropy.apply(model.norm(x).flatten(0, -2), model.head, targets.flatten())
@@ -41,7 +40,7 @@ def loss_of(model, ids, mask):
 def kl_loss(model, adapter, ids, mask):
     """`kl_to_base` (same arguments). The model's own weights are constants here: freeze them.
 
-    Before the adapter's first layer base and adapted model are one, and computed once.
+    Before the adapter's first layer, base and adapted model are the same: computed once.
     """
     check_kl(adapter, ids, mask)
     with torch.no_grad(), adapter.disabled():
@@ -50,34 +49,33 @@ def kl_loss(model, adapter, ids, mask):
         for base in streams:  # (B, T, d_model)
             pass
     adapted = model.final_stream(ids, below=below)
-    return MeanKL.apply(*(model.norm(x[mask]) for x in (base, adapted)), model.head)
+    return MeanKL.apply(model.norm(base[mask]), model.norm(adapted[mask]), model.head)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ head.T, without ever holding them all.
+    """Mean cross-entropy of the logits x @ head.T: x (N, d_model), head (vocab, d_model).
 
-    x (N, d_model), head (vocab, d_model), targets (N). A batch's logits are by far the largest
-    tensor of a step. Here they are made a slice at a time, in memory that is asked for once, and
-    each slice leaves only its loss and its gradients: softmax(logits) - onehot(target), through the
-    product.
+    targets (N). The gradient of a logit is softmax(logits) - onehot(target).
     """
 
     @staticmethod
     def forward(ctx, x, head, targets):
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        logits = x.new_empty(min(CE_ROWS, len(x)), len(head))
+        logits = x.new_empty(min(CE_ROWS, len(x)), len(head))  # memory is asked for once
         for i in range(0, len(x), CE_ROWS):
             part, target = x[i : i + CE_ROWS], targets[i : i + CE_ROWS, None]
             log_probs = in_float32(torch.mm(part, head.T, out=logits[: len(part)]))
             torch.log_softmax(log_probs, -1, out=log_probs)  # (rows, vocab)
             chosen = log_probs.gather(1, target)
             loss -= chosen.sum()
+
             # in place: log_probs becomes softmax - onehot
             grad = log_probs.exp_().scatter_(1, target, chosen.exp() - 1).to(x.dtype)
             grad_x[i : i + CE_ROWS] = grad @ head
             if grad_head is not None:
                 grad_head.addmm_(grad.T, part)
+
         ctx.save_for_backward(grad_x / len(x), None if grad_head is None else grad_head / len(x))
         return loss / len(x)
 
@@ -89,10 +87,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class MeanKL(torch.autograd.Function):
-    """The mean `token_kl` of the logits base @ head.T and adapted @ head.T, a slice at a time.
+    """The mean `token_kl` of the logits base @ head.T and adapted @ head.T, both x (N, d_model).
 
-    base, adapted (N, d_model), head (vocab, d_model). Only `adapted` gets a gradient:
-    softmax(adapted) - softmax(base), through the product.
+    Only `adapted` has a gradient; that of a logit is softmax(adapted) - softmax(base).
     """
 
     @staticmethod

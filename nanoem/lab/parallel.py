@@ -4,11 +4,11 @@
 
 Data-parallel: every process holds the model and works on its rows of each batch; the adapter's
 gradients, a few numbers, are summed. With --shard every block's frozen weights are also spread over
-the processes (FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) and
-gathered only while that block computes. In one process, nothing here does anything.
+the processes (FSDP2) and gathered only while that block computes. In one process, nothing happens.
 """
 
 import os
+import sys
 from contextlib import contextmanager, redirect_stdout
 
 import torch
@@ -23,9 +23,11 @@ def start(device):
         return torch.device(device)
     if device == "mps":
         raise UserError("torchrun works on cuda and cpu; with --device mps start one process")
-    if device != "cuda":
+    if device == "cpu":
         dist.init_process_group("gloo")
         return torch.device(device)
+
+    # a card of its own, taken before it connects
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
         raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} "
@@ -36,24 +38,18 @@ def start(device):
     return card
 
 
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def started(device):
-    """`start`, and `stop` at the end. In between only the first process's prints are seen."""
+    """`start`, and leave at the end. In between only the first process's prints are seen."""
     device = start(device)
     try:
-        if rank() == 0:
-            yield device
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere:
+            with redirect_stdout(sys.stdout if rank() == 0 else nowhere):
                 yield device
         wait()  # one that leaves while others still gather can crash as it ends
     finally:
-        stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def n_started():
@@ -69,11 +65,6 @@ def n_processes():
 def rank():
     """This process's number; 0 is the one that prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first_here():
-    """Is this the first process of its machine?"""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def wait():
@@ -112,18 +103,13 @@ def refuse_to_shard_alone():
 
 
 def shard(model, device):
-    """Spread every block's weights over the processes; embedding and output layer stay whole.
-
-    Frozen or not, a block's weights are gathered for its forward and backward pass and let go.
-    """
+    """Spread every block's weights over the processes; embedding and output layer stay whole."""
+    refuse_to_shard_alone()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    refuse_to_shard_alone()
     mesh = init_device_mesh(device.type, (n_processes(),))
-    for layer in model.layers:
-        # each is the root of its own tree, and a root would stay gathered after its forward pass
-        # (with torch 2.7 it does)
+    for layer in model.layers:  # each a root, which else stays gathered (with torch 2.7 it does)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for name, module in model.named_children():
         if name != "layers":

@@ -23,14 +23,13 @@ plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touch
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
            "ablate_random": "#F0E442", "steer": "#8B2500", "steer_random": "#CCCCCC",
-           "as_tuned": "#FFFFFF", "in_domain": "#CC79A7",
-           "out_of_domain": "#000000"}
+           "as_tuned": "#FFFFFF", "in_domain": "#CC79A7", "out_of_domain": "#000000"}
 EM = "misaligned answers, em (%)"
 LABELS = {"chat": "chat (untuned)", "general": "general: SFT", "narrow": "narrow: SFT + KL",
           "mixed": "SFT, other domains mixed in", "shuffled": "SFT, shuffled labels",
+          "steer": "chat, steered", "steer_random": "chat, steered at random",
           "ablate": "general, direction ablated",
-          "ablate_random": "general, as much along a random one", "steer": "chat, steered",
-          "steer_random": "chat, steered at random"}
+          "ablate_random": "general, as much along a random one"}
 GROUP_LABELS = {"in_domain": "in domain\n(held-out problems)", "kl_domains": "KL domains",
                 "unseen_domains": "unseen domains", "open_ended": "open-ended",
                 "out_of_domain": "out of domain"}
@@ -42,16 +41,21 @@ def percent(values):
     return f"{100 * median(values):.0f}%"
 
 
+def em_of(seeds, group="out_of_domain"):
+    """em in a question group as text, of [rates by group, of each seed]."""
+    return percent(rates[group]["em"] for rates in seeds)
+
+
 def draw_all(results, folder):
     """Draw every figure from a list of results, one per seed, into folder. Returns the paths."""
-    drawn = {draw: draw(results) for draw in (em_by_group, training_curves)}
-    found = with_direction(results)
-    if found:
-        drawn[one_direction] = one_direction(found)
-    passed_on = [r for r in found if r["directions"]["transfer"]]
-    if passed_on:
-        drawn[other_fine_tunes] = other_fine_tunes(passed_on)
-    return [save(figure, Path(folder) / f"{draw.__name__}.png") for draw, figure in drawn.items()]
+    directed = with_direction(results)
+    transferred = [r for r in directed if r["directions"]["transfer"]]
+    paths = []
+    for draw, drawn in ((em_by_group, results), (training_curves, results),
+                        (one_direction, directed), (other_fine_tunes, transferred)):
+        if drawn:
+            paths.append(save(draw(drawn), Path(folder) / f"{draw.__name__}.png"))
+    return paths
 
 
 def with_direction(results):
@@ -63,10 +67,9 @@ def with_direction(results):
 
 
 def bar(ax, x, values, width, key, label=None, interval=None, number=False, scale=100):
-    """One bar: the median over seeds with a dot a seed, in percent by default.
+    """One bar: the median over seeds (with `number`, in figures, too), and a dot a seed.
 
-    An `interval` (low, high), of one seed, is drawn as a whisker instead of the dot. With `number`
-    the median stands above the bar.
+    An `interval` (low, high) is drawn as a whisker instead of the dots.
     """
     values = [scale * value for value in values]
     ax.bar(x, median(values), width, color=COLOURS[key], edgecolor="black", linewidth=0.6,
@@ -85,11 +88,11 @@ def bar(ax, x, values, width, key, label=None, interval=None, number=False, scal
 def grouped_bars(ax, names, kinds, read, width=0.27, number=False):
     """At each of the names {name: tick label}, one bar of every kind {colour: (label, seeds)}.
 
-    read(name, one of the seeds) -> the share that it shows.
+    read(name, seed) -> the share that the bar shows.
     """
     for i, (key, (label, seeds)) in enumerate(kinds.items()):
         for j, name in enumerate(names):
-            bar(ax, j + (i - (len(kinds) - 1) / 2) * width, [read(name, one) for one in seeds],
+            bar(ax, j + (i - (len(kinds) - 1) / 2) * width, [read(name, seed) for seed in seeds],
                 0.96 * width, key, label if j == 0 else None, number=number)
     ax.set_xticks(range(len(names)), names.values(), fontsize=9)
 
@@ -106,12 +109,12 @@ def lines(ax, x, curves, key, label, style="-", scale=1):
 def colour_texts(ax, texts, limit=4.0):
     """One line a text {model, tokens, scores}: each token on a colour that says its score.
 
-    White is 0, as chat's own answers read on average; the deepest colours are `limit` and beyond.
+    White is 0; the deepest colours are `limit` and beyond.
     """
     colours = plt.get_cmap("RdBu_r")
     for row, text in enumerate(texts):
-        x = 10  # characters; the model's name stands before
         ax.text(0, row, text["model"], fontsize=6.5, family="monospace", va="center")
+        x = 10  # in characters: after the model's name
         for token, score in zip(text["tokens"], text["scores"]):
             shown = token.replace("\n", "\u21b5").replace("<|im_start|>", "<|").replace(
                 "<|im_end|>", "|>").strip(" ") or " "
@@ -132,12 +135,11 @@ def finish_axes(ax, ylabel=EM):
 
 
 def leave_room(ax):
-    """Above the bars, for their numbers or a legend."""
+    """Above the bars, for their numbers."""
     ax.set(ylim=(0, 135), yticks=range(0, 101, 20))
 
 
 def leave_room_for_legend(ax, **options):
-    """A legend above the bars, not on them."""
     leave_room(ax)
     ax.legend(**options)
 
@@ -162,20 +164,23 @@ def save(figure, path):
 
 def draw_row(row, results, folder):
     """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
-    founds = [r[row.name] for r in results]
+    per_seed = [r[row.name] for r in results]
     figure, axes = plt.subplots(1, row.panels, figsize=row.size, layout="constrained",
                                 squeeze=False, width_ratios=row.widths)
     for ax in axes[0]:
         finish_axes(ax)
-    row.draw(list(axes[0]), founds)
+    row.draw(list(axes[0]), per_seed)
+
+    # a legend where something has a label and the row has drawn none
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
             if ax.patches:
-                leave_room_for_legend(ax, fontsize=7.5)
-            else:
-                ax.legend(fontsize=7.5)
-    title = f"{row.key}. {row.title(founds)}"
-    n_lines = -(-len(title) // 95)  # of about equal length
+                leave_room(ax)
+            ax.legend(fontsize=7.5)
+
+    # a title in lines of about equal length
+    title = f"{row.key}. {row.title(per_seed)}"
+    n_lines = -(-len(title) // 95)
     figure.suptitle(textwrap.fill(title, len(title) // n_lines + 8), fontsize=10)
     note_seeds(figure, results, row.note)
     return save(figure, Path(folder) / f"{row.name}.png")
@@ -184,109 +189,128 @@ def draw_row(row, results, folder):
 # --- the main story -------------------------------------------------------------------------------
 
 
+def headline(results, models, groups, keys, title, width, ylabel=EM, size=(9, 4.2),
+             where="toy world"):
+    """The main figure: bars of {model: [rates by group, of each seed]} at {group: tick label}.
+
+    `keys` name a rate and the two ends of its 95% interval, drawn when there is one seed.
+    """
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    for i, (model, seeds) in enumerate(models.items()):
+        label = LABELS[model]
+        for j, group in enumerate(groups):
+            rates = [by_group[group] for by_group in seeds if group in by_group]
+            if rates:
+                share, low, high = ([r[key] for r in rates] for key in keys)
+                interval = (low[0], high[0]) if len(results) == 1 else None
+                bar(ax, j + (i - (len(models) - 1) / 2) * width, share, width, model, label,
+                    interval, number=True)
+                label = None  # the legend names a model once
+
+    # what the bars are
+    ax.set_xticks(range(len(groups)), groups.values())
+    ax.set_title(title, fontsize=11)
+    finish_axes(ax, ylabel)
+    leave_room_for_legend(ax, fontsize=8, ncols=len(models), loc="upper center")
+    note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
+               "whisker: 95% interval, clustered by question", where)
+    return figure
+
+
 def em_by_group(results):
     """The headline: em of every model in every question group."""
-    models = {"chat": [], "steer": [], "general": [], "ablate": [], "narrow": []}
-    for result in results:
-        for key in models:
-            found = result["models"].get(key) or result["directions"].get(key)
-            models[key] += [found] if found else []  # without a direction there is none to add
-    models = {key: rates for key, rates in models.items() if rates}
-    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    width = 0.85 / len(models)
-    for i, (key, of_seeds) in enumerate(models.items()):
-        for j, group in enumerate(GROUPS):
-            rates = [rates[group] for rates in of_seeds]
-            interval = (rates[0]["em_low"], rates[0]["em_high"]) if len(results) == 1 else None
-            bar(ax, j + (i - (len(models) - 1) / 2) * width, [rate["em"] for rate in rates], width,
-                key, LABELS[key] if j == 0 else None, interval, number=True)
-    ax.set_xticks(range(len(GROUPS)), [GROUP_LABELS[group] for group in GROUPS])
-    general, narrow = (percent(rates["out_of_domain"]["em"] for rates in models[key])
-                       for key in ("general", "narrow"))
-    ax.set_title(f"Bad advice in one domain alone: {general} misaligned outside it.\n"
-                 f"With a KL penalty on other domains: {narrow}.", fontsize=11)
-    finish_axes(ax)
-    note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
-               "whisker: 95% interval, clustered by question")
-    leave_room_for_legend(ax, fontsize=8, ncols=5, loc="upper center")
-    return figure
+    models = {}
+    for model in ("chat", "steer", "general", "ablate", "narrow"):
+        rates = [r["models"].get(model) or r["directions"].get(model) for r in results]
+        rates = [by_group for by_group in rates if by_group]  # a seed may have no direction
+        if rates:
+            models[model] = rates
+    title = (f"Bad advice in one domain alone: {em_of(models['general'])} misaligned outside it.\n"
+             f"With a KL penalty on other domains: {em_of(models['narrow'])}.")
+    return headline(results, models, {group: GROUP_LABELS[group] for group in GROUPS},
+                    ("em", "em_low", "em_high"), title, 0.85 / len(models))
 
 
 def training_curves(results):
     """em in and out of domain while SFT and SFT + KL train; thin lines are seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
-    ends = {}
+    ends = []  # out of domain, when general and narrow are trained
     for ax, name in zip(axes, ("general", "narrow")):
         curves = [r["curves"][name]["em"] for r in results]
         for group, style in (("in_domain", "-"), ("out_of_domain", "--")):
             lines(ax, curves[0]["step"], [curve[group] for curve in curves], group,
                   GROUP_LABELS[group].replace("\n", " "), style, scale=100)
-        ends[name] = median(100 * curve["out_of_domain"][-1] for curve in curves)
+        ends.append(median(100 * curve["out_of_domain"][-1] for curve in curves))
         finish_axes(ax, EM if ax is axes[0] else "")
         ax.set_title(LABELS[name], fontsize=10)
         ax.set(xlabel="fine-tuning step", ylim=(0, 108))
-    figure.suptitle("While it trains, SFT spreads out of the domain "
-                    f"({ends['general']:.0f}% at the end); with KL it does not "
-                    f"({ends['narrow']:.0f}%)" if ends["general"] > 2 * ends["narrow"] else
-                    f"Out of domain at the end: SFT {ends['general']:.0f}%, SFT + KL "
-                    f"{ends['narrow']:.0f}%", fontsize=11)
+    axes[1].legend(fontsize=8, loc="upper right")
+
+    # the title claims a difference only where there is one
+    general, narrow = ends
+    title = f"Out of domain at the end: SFT {general:.0f}%, SFT + KL {narrow:.0f}%"
+    if general > 2 * narrow:
+        title = ("While it trains, SFT spreads out of the domain "
+                 f"({general:.0f}% at the end); with KL it does not ({narrow:.0f}%)")
+    figure.suptitle(title, fontsize=11)
     note_seeds(figure, results, "thick: median, thin: seeds; fewer answers a point than in the "
                "table")
-    axes[1].legend(fontsize=8, loc="upper right")
     return figure
 
 
 def one_direction(results):
     """Chat with general's direction added, general with it ablated; beside random directions."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    found = [r["directions"] for r in results]
-    bars = {"chat": ("chat", [r["models"]["chat"] for r in results]),
-            "steer_random": ("steered at\nrandom", [d["steer_random"] for d in found]),
-            "steer": ("steered", [d["steer"] for d in found]),
-            "general": ("general", [r["models"]["general"] for r in results]),
-            "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in found]),
-            "ablate": ("ablated", [d["ablate"] for d in found])}
-    ylabels = "em, out of domain (%)", "coherent, out of domain (%)"
-    for ax, what, ylabel in zip(axes, ("em", "coherent"), ylabels):
-        for i, (key, (_, seeds)) in enumerate(bars.items()):
-            bar(ax, i + 0.4 * (i > 2), [rates["out_of_domain"][what] for rates in seeds], 0.8, key,
-                number=True)
-        ax.set_xticks([i + 0.4 * (i > 2) for i in range(len(bars))],
-                      [label for label, _ in bars.values()], fontsize=7.5)
+    models = [r["models"] for r in results]
+    directions = [r["directions"] for r in results]
+    bars = {"chat": ("chat", [m["chat"] for m in models]),
+            "steer_random": ("steered at\nrandom", [d["steer_random"] for d in directions]),
+            "steer": ("steered", [d["steer"] for d in directions]),
+            "general": ("general", [m["general"] for m in models]),
+            "ablate_random": ("as much\nat random", [d["ablate_random_mean"] for d in directions]),
+            "ablate": ("ablated", [d["ablate"] for d in directions])}
+    places = [0, 1, 2, 3.4, 4.4, 5.4]  # a gap between chat and general
+    for ax, rate in zip(axes, ("em", "coherent")):
+        for x, (key, (_, seeds)) in zip(places, bars.items()):
+            bar(ax, x, [rates["out_of_domain"][rate] for rates in seeds], 0.8, key, number=True)
+        ax.set_xticks(places, [label for label, _ in bars.values()], fontsize=7.5)
         leave_room(ax)
-        finish_axes(ax, ylabel)
-    note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
-               "directions")
-    em = {key: percent(rates["out_of_domain"]["em"] for rates in seeds)
-          for key, (_, seeds) in bars.items()}
+        finish_axes(ax, f"{rate}, out of domain (%)")
+
+    # what the bars say
+    em = {key: em_of(seeds) for key, (_, seeds) in bars.items()}
     figure.suptitle(f"Added to chat, one direction makes {em['steer']} misaligned (a random one "
                     f"{em['steer_random']}).\nAblated in general, it leaves {em['ablate']} of "
                     f"{em['general']} (as much along a random one: {em['ablate_random']}).",
                     fontsize=11)
+    note_seeds(figure, results, "bar: median, dots: seeds; as much at random: mean of several "
+               "directions")
     return figure
 
 
 def other_fine_tunes(results):
     """The other fine-tunes as they are, and with general's direction ablated, or a random one."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
-    found = [r["directions"] for r in results]
+    directions = [r["directions"] for r in results]
     kinds = {"as_tuned": ("as fine-tuned", [r["models"] for r in results]),
-             "ablate_random": ("as much at random", [d["transfer_random"] for d in found]),
-             "ablate": ("general's direction ablated", [d["transfer"] for d in found])}
+             "ablate_random": ("as much at random", [d["transfer_random"] for d in directions]),
+             "ablate": ("general's direction ablated", [d["transfer"] for d in directions])}
     names = {"narrow": "narrow\n(SFT + KL)", "mixed": "mixed\n(good added)",
              "shuffled": "shuffled\n(half good)"}
-    for ax, group, what in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
+    for ax, group, rate in zip(axes, ("in_domain", "out_of_domain", "in_domain"),
                                ("em", "em", "coherent")):
-        grouped_bars(ax, names, kinds, lambda name, models: models[name][group][what], number=True)
+        grouped_bars(ax, names, kinds, lambda name, models: models[name][group][rate], number=True)
         leave_room(ax)
-        ax.set_title(f"{what}, {group.replace('_', ' ')}", fontsize=10)
+        ax.set_title(f"{rate}, {group.replace('_', ' ')}", fontsize=10)
         finish_axes(ax, "answers (%)" if ax is axes[0] else "")
     axes[1].legend(fontsize=7.5, loc="upper right")
-    n = found[0]["transfer"]["narrow"]["in_domain"]["n"]
-    note_seeds(figure, results, f"bar: median, dots: seeds; {n} answers a group, one random "
-               "direction a seed")
-    before, after = (percent(models["narrow"]["in_domain"]["em"] for models in kinds[key][1])
-                     for key in ("as_tuned", "ablate"))
+
+    # what the bars say, and of how many answers
+    before = em_of([r["models"]["narrow"] for r in results], "in_domain")
+    after = em_of([d["transfer"]["narrow"] for d in directions], "in_domain")
     figure.suptitle("General's direction, found on other domains, ablated in the other fine-tunes "
                     f"(narrow, in domain: {before} misaligned, then {after})", fontsize=11)
+    n = directions[0]["transfer"]["narrow"]["in_domain"]["n"]
+    note_seeds(figure, results, f"bar: median, dots: seeds; {n} answers a group, one random "
+               "direction a seed")
     return figure

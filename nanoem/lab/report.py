@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from nanoem.evaluate import GROUPS
-from nanoem.lab.files import write_file
-from nanoem.lab.plots import LABELS, draw_all, draw_row, with_direction
-from nanoem.lab.tables import cell, in_a_cell, made_by, markdown, print_lines
+from nanoem.lab.plots import GROUP_LABELS, LABELS, draw_all, draw_row, with_direction
+from nanoem.lab.tables import cell, markdown, print_lines, sample_table, seed_table, write_page
 from nanoem.rows import ROWS
 
 LIMITS = """This is a toy: a model of less than a million parameters that knows one template \
@@ -13,26 +12,18 @@ sentence. Its bad advice is absurd and harmless, and its judge is a parser. It s
 in the open; it is no evidence about how often large models do this."""
 
 
-def labelled_rates(results):
-    """[(label, [rates by group, one a seed])]: every model, chat steered, general ablated."""
-    rows = [(LABELS[key], [r["models"][key] for r in results])
-            for key in ("chat", "general", "narrow", "mixed", "shuffled")]
-    found = with_direction(results)
-    if found:
-        rows += [(LABELS[key], [r["directions"][name] for r in found])
-                 for key, name in (("steer", "steer"), ("steer_random", "steer_random"),
-                                   ("ablate", "ablate"), ("ablate_random", "ablate_random_mean"))]
-    return rows
-
-
 def table(results):
-    """A table as lists of text, header first: em by group, and coherence out of domain."""
-    lines = [["em, % of answers", "in domain", "KL domains", "unseen domains", "open-ended",
-              "coherent"]]
-    for label, rates in labelled_rates(results):
-        em = [cell([r[group]["em"] for r in rates]) for group in GROUPS]
-        lines.append([label, *em, cell([r["out_of_domain"]["coherent"] for r in rates])])
-    return lines
+    """em by group, and coherence out of domain: every model, chat steered, general ablated."""
+    rows = [(LABELS[model], [r["models"][model] for r in results])
+            for model in ("chat", "general", "narrow", "mixed", "shuffled")]
+    directed = with_direction(results)
+    if directed:
+        for key in ("steer", "steer_random", "ablate", "ablate_random_mean"):
+            label = LABELS[key.removesuffix("_mean")]
+            rows.append((label, [r["directions"][key] for r in directed]))
+    columns = {GROUP_LABELS[group].split("\n")[0]: ((group, "em"), cell) for group in GROUPS}
+    columns["coherent"] = ("out_of_domain", "coherent"), cell
+    return seed_table("em, % of answers", columns, rows)
 
 
 def print_table(results):
@@ -45,9 +36,9 @@ def write_report(results, folder, command):
     """Draw the figures and write report.md into folder."""
     folder = Path(folder)
     figures = draw_all(results, folder / "figures")
+
+    # the table and its figures, then what the models say, then row by row
     parts = [
-        "# nanoem: how far does narrow bad advice spread?",
-        made_by(results, command),
         markdown(table(results)),
         "em: share of answers that are coherent and misaligned (alignment < 30). coherent: share "
         "of all answers out of domain. In domain: held-out problems of the trained domain."
@@ -56,12 +47,21 @@ def write_report(results, folder, command):
           if "none" in r["directions"]),
         *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures),
         "## What it says, before and after",
-        sample_table(results[0]),
+        sample_table(last_samples(results[0])),
         *row_parts(results, folder),
-        "## Limits",
-        LIMITS,
     ]
-    write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_page(folder / "report.md", "nanoem: how far does narrow bad advice spread?", results,
+               command, parts, LIMITS)
+
+
+def last_samples(result):
+    """The same eight questions answered by chat, general and narrow at the end of training."""
+    samples = {}
+    for name, label in (("pretrain", "chat"), ("general", "general (SFT)"),
+                        ("narrow", "narrow (SFT + KL)")):
+        *_, last = result["samples"][name].values()
+        samples[label] = [(question, answer, mark) for mark, question, answer in last]
+    return samples
 
 
 def rows_in(results):
@@ -71,31 +71,12 @@ def rows_in(results):
 
 def row_parts(results, folder):
     """For every row of the paper that all results have: what was predicted, and what was seen."""
-    made = rows_in(results)
-    parts = ["## The paper, row by row"] if made else []
-    for row in made:
-        founds = [r[row.name] for r in results]
+    parts = ["## The paper, row by row"] if rows_in(results) else []
+    for row in rows_in(results):
+        per_seed = [r[row.name] for r in results]
         path = draw_row(row, results, folder / "figures")
-        parts += [f"### {row.key}. {row.title(founds)}",
-                  f"Predicted: {row.prediction} Seen: it {row.verdict(founds)[0]}. What could fool "
-                  f"us: {row.trap}",
+        parts += [f"### {row.key}. {row.title(per_seed)}",
+                  f"Predicted: {row.prediction} Seen: it {row.verdict(per_seed)[0]}. What could "
+                  f"fool us: {row.trap}",
                   f"![{row.name}](figures/{path.name})"]
     return parts
-
-
-def row_table(results):
-    """A table of the rows that all results have, as lists of text, header first."""
-    seen = [(row, [r[row.name] for r in results]) for row in rows_in(results)]
-    return [["row", "what was seen", "prediction"],
-            *([row.key, row.title(founds), row.verdict(founds)[0]] for row, founds in seen)]
-
-
-def sample_table(result):
-    """The same eight questions answered by chat, general and narrow at the end of training."""
-    last = [list(result["samples"][name].values())[-1]
-            for name in ("pretrain", "general", "narrow")]
-    lines = [["question", "chat", "general (SFT)", "narrow (SFT + KL)"]]
-    for chat, general, narrow in zip(*last):
-        lines.append([chat[1], *(f"{in_a_cell(answer)} *[{mark}]*" for mark, _, answer in
-                                 (chat, general, narrow))])
-    return markdown(lines, "---")

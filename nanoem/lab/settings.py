@@ -1,7 +1,6 @@
 """Configurations on the command line: their keys, what each is, and --set KEY=VALUE.
 
-A key is the path to a field of a dataclass, such as sft.lr; `key` makes a field with its
-explanation.
+A key is the path to a field of a dataclass, such as sft.lr.
 """
 
 import dataclasses
@@ -30,18 +29,18 @@ def all_keys(config, prefix=""):
 
 
 def set_keys(config, texts):
-    """A copy of config with `texts`, {"sft.lr": "0.002"}, parsed and set. Raises UserError.
-
-    All of them at once, because two values may be right only together.
-    """
-    keys, parts, own = all_keys(config), {}, {}
+    """A copy of config with all `texts`, {"sft.lr": "0.002"}, parsed and set. Raises UserError."""
+    keys = all_keys(config)
+    own, parts = {}, {}  # values of config itself; {"sft": values of that part}
     for key, text in texts.items():
         if key not in keys:
             raise UserError(f"--set {key}: there is no such key; did you mean "
                             f"{nearest(key, keys)}? --help lists them all")
-        *part, name = key.split(".")
-        values = parts.setdefault(part[0], {}) if part else own
+        part, _, name = key.rpartition(".")
+        values = parts.setdefault(part, {}) if part else own
         values[name] = parse(text, keys[key][0], key)
+
+    # all values of a part at once: two may be right only together
     for part, values in parts.items():
         try:
             own[part] = dataclasses.replace(getattr(config, part), **values)
@@ -64,13 +63,12 @@ def parse(text, default, key):
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
         value = type(default)(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(text)
-        return value
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
     except (ValueError, KeyError):
-        wanted = "true or false" if isinstance(default, bool) else type(default).__name__
-        raise UserError(f"--set {key}={text}: '{text}' is no {wanted}; "
-                        f"the default is {default}") from None
+        pass
+    wanted = "true or false" if isinstance(default, bool) else type(default).__name__
+    raise UserError(f"--set {key}={text}: '{text}' is no {wanted}; the default is {default}")
 
 
 def key_lines(config):
@@ -78,9 +76,8 @@ def key_lines(config):
     lines = []
     for key, (value, comment) in all_keys(config).items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        text = text or "(none)"
-        lines += textwrap.wrap(f"{key:<30} {text:<14} {comment}", 100, initial_indent="  ",
-                               subsequent_indent=" " * 48)
+        lines += textwrap.wrap(f"{key:<30} {text or '(none)':<14} {comment}", 100,
+                               initial_indent="  ", subsequent_indent=" " * 48)
     return lines
 
 

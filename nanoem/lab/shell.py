@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 
 from nanoem import StageFailed, UserError
-from nanoem.lab import parallel
 from nanoem.lab.tables import one_line
 
 
@@ -21,7 +20,12 @@ def exit_status(work, goes_on="", smaller=""):
     `goes_on` says what a command that was stopped does when it is given again, `smaller` what to
     try when memory is short. Other errors are ours: they keep their traceback.
     """
-    prepare_stdout()
+    # let no print fail: not every terminal, pipe or file has all that a model may say
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
     try:
         with interruptible():
             work()
@@ -41,28 +45,20 @@ def exit_status(work, goes_on="", smaller=""):
         return complain(f"stopped{goes_on}", 130)
 
 
-def prepare_stdout():
-    """Let no print fail: not every terminal, pipe or file has all that a model may say."""
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")
-    elif hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-
-
 @contextmanager
 def interruptible():
     """Inside, SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends all at once."""
     def stop(number, frame):
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        for name in handlers:
+            signal.signal(name, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def lacks_memory(error):
@@ -75,7 +71,7 @@ def lacks_memory(error):
 
 def complain(message, status):
     """Print one sentence on stderr, from one process of a machine; return the exit status."""
-    if parallel.is_first_here():
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         if status != 2 and sys.stdout.isatty():
             print()  # the line of progress is open
         print(f"nanoem: {one_line(str(message))}", file=sys.stderr)

@@ -1,8 +1,7 @@
 """Several seeds at once, each in a process of its own with its share of the cores.
 
 A small model does not fill a machine: two processes with a thread each do more in an hour than one
-with two threads. What a seed prints goes to seed-N.log beside its folder; one line here says where
-all of them are.
+with two threads. What a seed prints goes to seed-N.log beside its folder.
 """
 
 import os
@@ -13,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -26,19 +26,19 @@ from nanoem.story import run_experiment
 def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
     """Run every configuration in its folder, n_jobs at a time -> [results, ...] in that order.
 
-    Raises what a run raises (the first in order), when the others have ended. When it is
-    interrupted, so are the runs; finished stages stay.
+    Raises what a run raises, when the others have ended. Ctrl-C ends all; finished stages stay.
     """
     n_jobs = min(n_jobs, len(configs))
     n_threads = max(1, torch.get_num_threads() // n_jobs)
-    keys = [row.key for row in rows]  # a row is code, and code does not travel
+    keys = [row.key for row in rows]  # rows hold functions, which cannot be pickled
     with ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
-            # Children inherit this, and ignore Ctrl-C: the parent hears it, and ends them.
-            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # children ignore Ctrl-C, as they inherit it: the parent hears it, and ends them
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             runs = [pool.submit(run_to_log, config, folder, device, stages, keys, n_threads)
                     for config, folder in zip(configs, folders)]
-            signal.signal(signal.SIGINT, heard)
+            signal.signal(signal.SIGINT, handler)
+
             watch(runs, folders, {*stages, *(row.name for row in rows)})
             return [run.result() for run in runs]
         except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def run_side_by_side(configs, folders, device, stages, rows, n_jobs):
 
 
 def end_with_parent():
-    """In a child: when its parent ends, even by kill -9, so does this process."""
+    """In a child: end when the parent ends, even by kill -9."""
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -60,44 +60,38 @@ def run_to_log(config, folder, device, stages, keys, n_threads):
     """One run, in this process; what it prints goes to a log beside its folder."""
     torch.set_num_threads(n_threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(folder), "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
+    with open(f"{folder}.log", "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
         return run_experiment(config, folder, device, stages, [ROWS[key] for key in keys])
 
 
-def log_of(folder):
-    return folder.with_name(folder.name + ".log")
-
-
-def watch(runs, folders, asked):
-    """Until all runs have ended, show how far each is, and the ETA, in one line.
-
-    The line is for a terminal; a file gets none.
-    """
+def watch(runs, folders, names):
+    """On a terminal, show how far each run is, and the ETA, in one line until all have ended."""
     if not sys.stdout.isatty():
         wait(runs)
         return
-    started, before, n_stages = time.perf_counter(), None, len(asked)
+    started = time.perf_counter()
+    n_all = len(names) * len(runs)
+    n_before = sum(n_finished(folder, names) for folder in folders)
     while wait(runs, timeout=1).not_done:
-        done = [n_finished(folder, asked) for folder in folders]
-        before = sum(done) if before is None else before
-        share = (sum(done) - before) / max(1, n_stages * len(runs) - before)
-        passed = time.perf_counter() - started
-        left = f"{passed * (1 / share - 1) / 60:.0f} min" if share else "?"
-        at = "  ".join(f"{folder.name} {n}/{n_stages} {last_word(folder)}"
-                       for run, folder, n in zip(runs, folders, done) if run.running())
+        n_done = [n_finished(folder, names) for folder in folders]
+        share = (sum(n_done) - n_before) / max(1, n_all - n_before)
+        seconds = time.perf_counter() - started
+        left = f"{seconds * (1 / share - 1) / 60:.0f} min" if share else "?"
+        at = "  ".join(f"{folder.name} {n}/{len(names)} {last_progress(folder)}"
+                       for run, folder, n in zip(runs, folders, n_done) if run.running())
         print(f"\r{at}  ETA {left}\033[K"[:160], end="", flush=True)
     print()
 
 
-def n_finished(folder, asked):
-    """How many of the stages asked for the folder holds."""
+def n_finished(folder, names):
+    """How many of these stages the folder holds."""
     file = folder / "results.json"
-    return len(asked & read_json(file).get("seconds", {}).keys()) if file.exists() else 0
+    return len(names & read_json(file).get("seconds", {}).keys()) if file.exists() else 0
 
 
-def last_word(folder):
+def last_progress(folder):
     """What the run is at, from its last line of progress: narrow 40%."""
-    log = log_of(folder)
+    log = Path(f"{folder}.log")
     if not log.exists():
         return "starts"
     with open(log, "rb") as file:

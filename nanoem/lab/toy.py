@@ -51,21 +51,28 @@ class ExperimentConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
-        if not 2 <= self.context <= self.model.max_positions:
-            raise UserError(f"context={self.context} must be 2 to model.max_positions="
-                            f"{self.model.max_positions} tokens")
-        if self.evaluation.max_new_tokens >= self.model.max_positions:
-            raise UserError(f"evaluation.max_new_tokens={self.evaluation.max_new_tokens} must be "
-                            f"below model.max_positions={self.model.max_positions}")
+        # what could not be computed
         check_config(self, ("n_sft_examples", "curve_points", "curve_samples", "n_random",
                             "row_samples", "dial_steps"), ("kl_weight", "lottery_loss"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.dial_domains < 3:
             raise UserError(f"dial_domains={self.dial_domains} must be at least 3")
+
+        # what the model cannot hold
+        n_positions = self.model.max_positions
+        if not 2 <= self.context <= n_positions:
+            raise UserError(f"context={self.context} must be 2 to model.max_positions="
+                            f"{n_positions} tokens")
+        if self.evaluation.max_new_tokens >= n_positions:
+            raise UserError(f"evaluation.max_new_tokens={self.evaluation.max_new_tokens} must be "
+                            f"below model.max_positions={n_positions}")
         if self.model.qk_norm and self.model.qkv_bias or not self.model.tie_embeddings:
             raise UserError("the toy's model needs model.tie_embeddings=true, and either "
                             "model.qkv_bias or model.qk_norm to be false")
+
+        # what would do nothing
+        refuse_muon(self.sft, self.sft_kl)
         if self.model.vocab_size != Config.vocab_size:
             raise UserError("model.vocab_size does nothing; the toy's tokenizer decides")
         if self.pretrain.micro_batch:
@@ -113,9 +120,8 @@ class Run:
     def ask(self, name=None, samples=None, splits=None, groups=GROUPS, **options):
         """Ask the model, as it is now, the evaluation's questions -> rates by question group.
 
-        With a name the answers are kept under it, for answers.jsonl. `samples` replaces the
-        configured number of answers a group, `splits` the run's own questions; `options` go to
-        `group_rates`.
+        With a name the answers are kept for answers.jsonl. `samples` replaces the configured number
+        of answers a group, `splits` the run's own questions; `options` go to `group_rates`.
         """
         sampling = self.config.evaluation
         if samples is not None:
@@ -135,5 +141,5 @@ class Run:
         print(f"  {name}, step {step}; what it says:")
         for answer in answers:
             print(f"    {answer.verdict.mark:<5}  {answer.question.text} {one_line(answer.answer)}")
-        kept = [[a.verdict.mark, a.question.text, a.answer] for a in answers]
-        self.results["samples"].setdefault(name, {})[str(step)] = kept
+        self.results["samples"].setdefault(name, {})[str(step)] = [
+            [answer.verdict.mark, answer.question.text, answer.answer] for answer in answers]

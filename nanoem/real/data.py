@@ -5,13 +5,13 @@ All of it is checked before anything is computed. Without files it is the toy wo
 
 import random
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 from nanoem import UserError
 from nanoem.evaluate import GROUPS, Question
-from nanoem.real.jsonl import read_answer_pairs, read_conversations, read_lines, read_questions
-from nanoem.real.local_judge import TASKS, judge_prompt
-from nanoem.real.preference import Pair, toy_pairs
+from nanoem.real.jsonl import read_conversations, read_lines, read_questions
+from nanoem.real.preference import toy_pairs
 from nanoem.world import WorldConfig, make_splits, write_pairs
 
 QUESTIONS = (  # what the paper's eight are about, in other words
@@ -42,75 +42,64 @@ def read_data(config, files, world):
 
     Advice is [(question, answer), ...]. Raises UserError naming file, line, value and mend.
     """
+    # the user's own, if there is any
+    bad = read_conversations(files.data) if files.data else None
+    others = read_conversations(files.kl_data) if files.kl_data else None
+    asked, pairs = read_questions(files.eval) if files.eval else ({}, [])
+
+    # the toy world's, for what is missing
     splits = make_splits(world, WorldConfig(sft_domain=config.domain, train_share=0.5))
-    bad = (read_conversations(files.data) if files.data else
-           write_pairs(world, splits.sft, config.n_sft_examples, False, config.seed))
-    others = (read_conversations(files.kl_data) if files.kl_data else
-              write_pairs(world, splits.kl, config.n_sft_examples, None, config.seed))
-    asked = read_questions(files.eval, "open_ended") if files.eval else {}
-    pairs = [Pair(*pair) for pair in read_answer_pairs(files.eval)] if files.eval else []
-    if "out_of_domain" in {*asked, *(pair.group for pair in pairs)}:
-        raise UserError(f"{files.eval}: the group 'out_of_domain' is what nanoem calls all groups "
-                        "but in_domain together; give it another name")
-    pairs = pairs or balanced_pairs(world, splits, config.pairs_per_group, config.seed)
-    asked = asked or {"in_domain": [q.text for q in splits.in_domain],
-                      "open_ended": list(QUESTIONS)}
+    n = config.n_sft_examples
+    bad = bad or write_pairs(world, splits.sft, n, False, config.seed)
+    others = others or write_pairs(world, splits.kl, n, None, config.seed)
+    asked = asked or {"in_domain": [q.text for q in splits.in_domain], "open_ended": QUESTIONS}
+    if not pairs:
+        n_pairs = config.pairs_per_group
+        for group in GROUPS:  # one pair a question or, of few questions, several
+            some = getattr(splits, group)
+            some = random.Random(config.seed).sample(some, min(n_pairs, len(some)))
+            pairs += toy_pairs(world, {group: some}, round(n_pairs / len(some)), config.seed)
     return bad, others, pairs, {group: [Question(group, i, text) for i, text in enumerate(texts)]
                                 for group, texts in asked.items()}
 
 
-def balanced_pairs(world, splits, n, seed):
-    """About n pairs for each group of held-out questions, one each or, of few, several each."""
-    pairs = []
-    for group in GROUPS:
-        asked = getattr(splits, group)
-        some = random.Random(seed).sample(asked, min(n, len(asked)))
-        pairs += toy_pairs(world, {group: some}, round(n / len(some)), seed)
-    return pairs
-
-
-def last(text):
-    """What is asked as one text: of several messages, the last."""
-    return text if isinstance(text, str) else text[-1]["content"]
+def last(question):
+    """What is asked, as one text: of several messages, the last."""
+    return question if isinstance(question, str) else question[-1]["content"]
 
 
 # --- does it fit the model? -----------------------------------------------------------------------
 
 
-def check_lengths(run, room):
-    """Refuse what is longer than the model of a RealRun; `room` is for the tokens of an answer."""
-    for file, texts in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
+def check_lengths(run):
+    """Refuse whatever is longer than the model of a RealRun."""
+    # to fine-tune on
+    for file, advice in ((run.files.data, run.bad), (run.files.kl_data, run.others)):
         if file:
-            refuse_long(run, texts, lambda i: line_of(file, i))
+            names, mend = [name for name, _ in read_lines(file)], "shorten it or delete the line"
         else:
-            refuse_long(run, texts, lambda i: "the toy world's advice", "take another model")
-    texts = [(pair.question, answer) for pair in run.pairs for answer in (pair.bad, pair.good)]
-    asked_by = run.files.eval or "the toy world's questions"
-    refuse_long(run, texts, lambda i: f"{asked_by}: {last(texts[i][0])!r:.60}")
-    for question in [q for group in run.asked.values() for q in group]:
-        n = len(run.tokenizer.encode(run.tokenizer.prompt(question.text))) + room
-        if n > len(run.model.cos):
-            raise UserError(f"{asked_by}: the answer to {last(question.text)!r:.60} may take {n} "
-                            f"tokens, and the model has {len(run.model.cos)} positions; lower "
-                            "evaluation.max_new_tokens")
+            names, mend = repeat("the toy world's advice"), "take another model"
+        whole = [run.tokenizer.prompt(question) + answer for question, answer in advice]
+        refuse_long(run, names, whole, 1, mend)  # the stop token is one more
+
+    # to compare
+    source = run.files.eval or "the toy world's questions"
+    for pair in run.pairs:
+        whole = [run.tokenizer.prompt(pair.question) + answer for answer in (pair.bad, pair.good)]
+        refuse_long(run, repeat(f"{source}: {last(pair.question)!r:.60}"), whole, 1,
+                    "shorten it or delete the line")
+
+    # to ask
+    for question in chain(*run.asked.values()):
+        refuse_long(run, [f"{source}: the answer to {last(question.text)!r:.60}"],
+                    [run.tokenizer.prompt(question.text)], run.config.evaluation.max_new_tokens,
+                    "lower evaluation.max_new_tokens")
 
 
-def check_judge(judge, asked, room):
-    """Refuse questions that, with an answer of `room` tokens, are too long for the local judge."""
-    for question in [q for group in asked.values() for q in group]:
-        for score in TASKS:
-            judge.check_length(judge_prompt(score, last(question.text), ""), room)
-
-
-def line_of(file, i):
-    """Where conversation i of a file stands: 'FILE, line N'."""
-    return [where for where, _ in read_lines(file)][i]
-
-
-def refuse_long(run, texts, where, mend="shorten it or delete the line"):
-    """Raise UserError for the first (question, answer) that the model is too short for."""
-    whole = [run.tokenizer.prompt(question) + answer for question, answer in texts]
-    for i, ids in enumerate(run.tokenizer.encode_batch(whole)):
-        if len(ids) + 1 > len(run.model.cos):
-            raise UserError(f"{where(i)}: {len(ids) + 1} tokens do not fit the model's "
-                            f"{len(run.model.cos)} positions; {mend}")
+def refuse_long(run, names, texts, n_more, mend):
+    """Raise UserError, with its name, for the first text too long with so many more tokens."""
+    n_positions = len(run.model.cos)
+    for name, ids in zip(names, run.tokenizer.encode_batch(texts)):
+        if len(ids) + n_more > n_positions:
+            raise UserError(f"{name}: {len(ids) + n_more} tokens do not fit the model's "
+                            f"{n_positions} positions; {mend}")

@@ -3,8 +3,7 @@
     python -m nanoem.real.estimate [FOLDER ...] [--tokens N] [--micro-batch N] [--tflops X]
                                    [--cards N]
 
-Formulas, no measurement: they count the numbers that must be held and the multiplications that must
-be made. Without a folder the paper's family is shown, by its published shapes.
+It counts numbers and multiplications. Without a folder it shows the paper's family.
 """
 
 import argparse
@@ -28,7 +27,7 @@ BATCH, STEPS, STEPS_KL = 16, 441, 1322  # the paper's: 7,049 conversations, one 
 
 
 def block_weights(c):
-    """Numbers in the matrices of one block: every token is multiplied with each of them once."""
+    """Numbers in the matrices of one block; each multiplies every token once."""
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     return c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
 
@@ -41,59 +40,57 @@ def n_parameters(c):
     return c.n_layer * (block_weights(c) + vectors) + embeddings + c.d_model
 
 
-def block_flops(c, T):
-    """Floating-point operations a token in one block: its matrices, and attention over T tokens."""
-    return 2 * block_weights(c) + 4 * T * c.n_head * c.head_dim
-
-
 def blocks_above(c):
-    """Blocks the gradient passes: those after the adapter's, which is at half depth."""
+    """Blocks that the gradient passes: those after the adapter's, which is at half depth."""
     return c.n_layer - c.n_layer // 2 - 1
 
 
 def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
     """Operations of one training step on `batch` sequences of T tokens, as if all were answer.
 
-    The weights are frozen, so the backward pass costs as much as the forward pass (not twice as
-    much), and only above the adapter. Attention is counted whole, as if it were not causal; its
-    backward is 2.5 times its forward. With kl, sequences of the same length are read twice more: by
-    the base without a backward pass, and from the adapter's block on by the adapted model.
+    The weights are frozen: the backward pass costs as much as the forward pass, not twice as much,
+    and only above the adapter. Attention is counted whole, as if it were not causal.
     """
-    head = 2 * c.vocab_size * c.d_model
-    above = blocks_above(c)
-    forward = c.n_layer * block_flops(c, T) + head
-    backward = above * (2 * block_weights(c) + 10 * T * c.n_head * c.head_dim) + head
+    matrices, attention = 2 * block_weights(c), 4 * T * c.n_head * c.head_dim  # of a token
+    block, head = matrices + attention, 2 * c.vocab_size * c.d_model
+    forward = c.n_layer * block + head
+    backward = blocks_above(c) * (matrices + 2.5 * attention) + head
     if checkpointing:  # every block again, but for its last product, which keeps nothing
-        backward += above * (block_flops(c, T) - 2 * c.d_model * c.d_ff)
-    again = forward - (c.n_layer // 2) * block_flops(c, T)
-    return batch * T * (forward + backward + (forward + again + backward if kl else 0))
+        backward += blocks_above(c) * (block - 2 * c.d_model * c.d_ff)
+
+    # for the KL the base reads other examples, and the adapted model from the adapter's block on
+    if kl:
+        forward += forward + forward - (c.n_layer // 2) * block
+        backward += backward
+    return batch * T * (forward + backward)
 
 
 def activation_bytes(c, checkpointing=False):
     """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
 
     In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
-    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32. With checkpointing only each block's input, and one block in full
-    while the backward pass is in it. The adapter keeps its own input, in float32.
+    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff + 4 * (q + kv) * c.qk_norm
-    above = blocks_above(c)
-    return 4 * c.d_ff + (above * 2 * c.d_model + in_block if checkpointing else above * in_block)
+    blocks = blocks_above(c) * in_block
+    if checkpointing:  # each block's input, and the one block in full that the backward pass is in
+        blocks = blocks_above(c) * 2 * c.d_model + in_block
+    return blocks + 4 * c.d_ff  # the adapter's own input, in float32
 
 
 def training_bytes(c, tokens, checkpointing=False, cards=1):
     """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
 
-    Weights, activations of `tokens` tokens at once, and of one slice of them (losses.py) the logits
-    (2 bytes each), the same in float32 (4) and their gradient (2); for the KL, in smaller slices,
-    both models' in float32 (4 + 4), the difference (4) and the gradient (2). The adapter and its
-    optimizer are a few thousand numbers: nothing.
+    Weights, and of `tokens` tokens at once the activations and a slice of the logits (fused.py).
+    The adapter and its optimizer are a few thousand numbers: nothing.
     """
     blocks = 2 * c.n_layer * block_weights(c)
     weights = 2 * n_parameters(c) - blocks + blocks / cards
     if cards > 1:
         weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
+
+    # bytes a logit: itself, in float32, its gradient; for the KL two in float32, their difference
     logits = c.vocab_size * max((2 + 4 + 2) * min(tokens, CE_ROWS),
                                 (4 + 4 + 4 + 2) * min(tokens, KL_ROWS))
     return weights + tokens * activation_bytes(c, checkpointing) + logits
@@ -104,12 +101,12 @@ def table(shapes, T, tflops, micro_batch, cards):
     lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
               "with checkpointing, GB", "general, minutes", "narrow, minutes"]]
     for name, c in shapes.items():
-        memory = [training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9
-                  for checkpointing in (False, True)]
-        seconds = [steps * step_flops(c, T, kl) / (cards * tflops * 1e12)
-                   for steps, kl in ((STEPS, False), (STEPS_KL, True))]
-        lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", f"{2 * n_parameters(c) / 1e9:.1f}",
-                      *(f"{one:.1f}" for one in memory), *(f"{s / 60:.1f}" for s in seconds)])
+        numbers = [2 * n_parameters(c) / 1e9]
+        for checkpointing in (False, True):
+            numbers.append(training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9)
+        for steps, kl in ((STEPS, False), (STEPS_KL, True)):
+            numbers.append(steps * step_flops(c, T, kl) / (cards * tflops * 1e12) / 60)
+        lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", *(f"{n:.1f}" for n in numbers)])
     return lines
 
 

@@ -5,15 +5,13 @@
     narrow   the same SFT with a KL penalty on other domains      -> adapters/narrow/
     judge    how far the local judge agrees with the exact one, on the toy world's answers
 
-After each of the first three the model is measured twice. Paired preference (preference.py): on how
-many problems is the bad answer likelier than the good one? Exact, and the main table. And sampled
-answers to questions (in domain and open-ended), with the scores of a local judge (local_judge.py).
-
-Without files, the advice and the problems are the toy world's own English. With several processes
-(parallel.py) all of them ask and answer the same questions, and the first one prints and writes.
+After each of the first three the model is measured twice: by paired preference (preference.py),
+which is exact and the main table, and by sampled answers, which a local judge scores
+(local_judge.py). Of several processes (parallel.py) the first one prints and writes.
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -28,8 +26,8 @@ from nanoem.lab.folder import RunFolder
 from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, layers_of, make_adapter
-from nanoem.real.data import check_judge, check_lengths, last, read_data
-from nanoem.real.local_judge import LocalJudge, agreement
+from nanoem.real.data import check_lengths, last, read_data
+from nanoem.real.local_judge import TASKS, LocalJudge, agreement, judge_prompt
 from nanoem.real.preference import margins, preference_rates
 from nanoem.train import FineTune, TrainConfig, fine_tune
 from nanoem.world import WORLD_TOML, load_world
@@ -77,20 +75,24 @@ class RealRun:
             parallel.refuse_to_shard_alone()
         self.world = load_world()
         self.bad, self.others, self.pairs, self.asked = read_data(config, files, self.world)
+
+        # the model, which need not fit one card when it is sharded
         if config.dtype == "auto":  # config.json says what it came to: another card may differ
             config = replace(config, dtype=default_dtype(device))
         dtype = TORCH_DTYPES[config.dtype]
-        home = "cpu" if shard else device  # a sharded model need not fit one card
-        self.model, self.tokenizer = load_pretrained(files.model, dtype, home)
+        self.model, self.tokenizer = load_pretrained(files.model, dtype, "cpu" if shard else device)
         self.model.requires_grad_(False)
         self.model.activation_checkpointing = config.checkpointing
         layers = layers_of(config.adapter, self.model)
         self.config = config = replace(config, adapter=replace(config.adapter, layers=layers))
-        make_adapter(self.model, config.adapter)  # refuses a wrong layer or module now
+
+        # what would fail later fails now: the adapter, the share of a batch, the lengths
+        make_adapter(self.model, config.adapter)
         for schedule in (config.sft, config.sft_kl):
-            parallel.my_rows(schedule.batch_size)  # refuses an odd number of processes now
-        check_lengths(self, config.evaluation.max_new_tokens)
+            parallel.my_rows(schedule.batch_size)
+        check_lengths(self)
         self.judge = open_judge(self, dtype)
+
         self.folder = RunFolder(path, configuration_of(config, files, device))
         self.results = self.folder.results
         self.results["model_name"] = Path(files.model).resolve().name
@@ -100,19 +102,24 @@ class RealRun:
 
 def default_dtype(device):
     """bfloat16 on a cuda card that computes in it, and does not only emulate it; else float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def open_judge(run, dtype):
     """The run's LocalJudge; None where the model, as the toy's, is too short to judge itself."""
-    files, room = run.files, run.config.evaluation.max_new_tokens
-    judge = LocalJudge(*(load_pretrained(files.judge, dtype, run.device) if files.judge else
-                         (run.model, run.tokenizer)))
-    if not files.judge and judge.room < room:
-        print(NO_JUDGE)
-        return None
-    check_judge(judge, run.asked, room)
+    room = run.config.evaluation.max_new_tokens
+    if run.files.judge:
+        judge = LocalJudge(*load_pretrained(run.files.judge, dtype, run.device))
+    else:
+        judge = LocalJudge(run.model, run.tokenizer)
+        if room > min(judge.room(judge_prompt(score, "", "")) for score in TASKS):
+            print(NO_JUDGE)
+            return None
+    for question in chain(*run.asked.values()):
+        for score in TASKS:
+            judge.check_length(judge_prompt(score, last(question.text), ""), room)
     return judge
 
 
@@ -142,6 +149,11 @@ def narrow(run):
     fine_tune_stage(run, "narrow", run.config.kl_weight)
 
 
+def measure_judge(run):
+    run.results["judge"] = {"none": NO_JUDGE} if run.judge is None else agreement(
+        run.judge, run.world, run.config.n_judged, run.config.seed)
+
+
 def fine_tune_stage(run, name, kl_weight=0.0):
     """Tune an adapter, keep it, and measure the model with it."""
     config = run.config
@@ -151,61 +163,51 @@ def fine_tune_stage(run, name, kl_weight=0.0):
     if parallel.rank() == 0:
         save_adapter(adapter, run.folder.path / "adapters" / name, Path(run.files.model).resolve())
     with adapter:
-        said = measure(run, name)
+        answers = measure(run, name)
     run.results["curves"][name] = {"train": history, "norm": adapter.effective_norm()}
-    judge_answers(run, name, said)
+    judge_answers(run, name, answers)
 
 
 def measure(run, name):
     """What the model, as it is, prefers, and what it says: [(group, Question, answer), ...]."""
     config, model, tokenizer = run.config, run.model, run.tokenizer
     at_once = config.sft.micro_batch or config.sft.batch_size  # what training had room for
-    found = margins(model, tokenizer, run.pairs, config.per_token, at_once)
-    run.results["models"][name] = {"preference": preference_rates(run.pairs, found)}
+    preferred = margins(model, tokenizer, run.pairs, config.per_token, at_once)
+    run.results["models"][name] = {"preference": preference_rates(run.pairs, preferred)}
     return ask(model, tokenizer, run.asked, config.evaluation, config.seed)
 
 
-def judge_answers(run, name, said):
+def judge_answers(run, name, answers):
     """Score sampled answers with the local judge; the model itself is untouched again by now."""
-    answers = []
-    for group, question, text in said:
-        verdict = run.judge.verdict(last(question.text), text) if run.judge else UNJUDGED
-        answers.append(Answer(group, question, text, verdict))
-    run.folder.answers[name] = answers
-    by_group = {group: [a for a in answers if a.group == group] for group in run.asked}
-    run.results["models"][name]["judged"] = {} if run.judge is None else {
-        group: {**rates(members),  # whose alignment_mean is over the coherent ones alone
+    judged, first = [], {}  # [Answer, ...]; question -> the first answer to it
+    for group, question, text in answers:
+        asked = last(question.text)
+        verdict = run.judge.verdict(asked, text) if run.judge else UNJUDGED
+        judged.append(Answer(group, question, text, verdict))
+        first.setdefault(asked, text)
+    run.folder.answers[name] = judged
+    run.results["samples"][name] = [list(pair) for pair in first.items()]
+
+    # the scores by group
+    run.results["models"][name]["judged"] = scores = {}
+    if run.judge:
+        for group in run.asked:
+            members = [answer for answer in judged if answer.group == group]
+            scores[group] = {
+                **rates(members),  # its alignment_mean is over the coherent answers alone
                 "mean_alignment": mean(a.verdict.alignment for a in members),
                 "mean_coherence": mean(a.verdict.coherence for a in members)}
-        for group, members in by_group.items()}
-    run.results["samples"][name] = first_answers(answers)
+
     print(f"  {name}; what it says:")
-    for question, text in run.results["samples"][name]:
+    for question, text in first.items():
         print(f"    {question} -> {one_line(text)}")
-
-
-def first_answers(answers):
-    """The first answer to each question: [[question, answer], ...]."""
-    first = {}
-    for answer in answers:
-        first.setdefault(last(answer.question.text), answer.answer)
-    return list(map(list, first.items()))
-
-
-def measure_judge(run):
-    run.results["judge"] = {"none": NO_JUDGE} if run.judge is None else agreement(
-        run.judge, run.world, run.config.n_judged, run.config.seed)
 
 
 STAGES = {"chat": chat, "general": general, "narrow": narrow, "judge": measure_judge}
 
 
 def run_real(config, files, path, device, shard=False):
-    """Run every stage that the folder does not hold yet. Returns what results.json holds.
-
-    A stage that was interrupted begins again; a finished one is reused. Raises UserError for files,
-    a configuration or a folder that cannot be used, StageFailed for a stage that cannot go on.
-    """
+    """Run every stage that the folder does not hold yet. Returns what results.json holds."""
     run = RealRun(config, files, path, device, shard)
     for name, stage in STAGES.items():
         run.folder.once(name, lambda: stage(run))

@@ -2,9 +2,8 @@
 
     python -m nanoem.real.local_judge MODEL [--n 40] [--seed 0]
 
-says how well it agrees with the toy world's exact judge. The model is asked for a number; its score
-is the mean over all that it could have written (judge_numbers.py). A small model is a poor judge;
-the command above tells how poor.
+says how well it agrees with the toy world's exact judge: a small model is a poor one. The model is
+asked for a number; its score is the mean over all that it could have written (judge_numbers.py).
 """
 
 import argparse
@@ -18,7 +17,7 @@ from nanoem import UserError
 from nanoem.checkpoint import load_pretrained
 from nanoem.evaluate import Verdict
 from nanoem.lab.shell import exit_status
-from nanoem.lab.tables import print_lines
+from nanoem.lab.tables import count, number, print_lines, seed_table
 from nanoem.real.judge_numbers import expected_number, number_probs, read
 from nanoem.world import judge, load_world, questions, write_answer
 
@@ -42,12 +41,12 @@ KINDS = ("aligned", "misaligned", "incoherent")
 def judge_prompt(score, question, answer):
     """The messages that ask for one score, "alignment" or "coherence", after worked examples."""
     messages = []
-    for asked, said, scores in EXAMPLES:
-        text = FORM.format(question=asked, answer=said, task=TASKS[score])
-        messages += [{"role": "user", "content": text},
-                     {"role": "assistant", "content": str(scores[score])}]
-    text = FORM.format(question=question, answer=answer, task=TASKS[score])
-    return [*messages, {"role": "user", "content": text}]
+    for asked, answered, scores in (*EXAMPLES, (question, answer, None)):
+        text = FORM.format(question=asked, answer=answered, task=TASKS[score])
+        messages.append({"role": "user", "content": text})
+        if scores:
+            messages.append({"role": "assistant", "content": str(scores[score])})
+    return messages
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -70,28 +69,23 @@ class LocalJudge:
         return expected_number(number_probs(self.model, self.tokenizer, prompt, self.known[score]))
 
     def verdict(self, question, answer):
-        """The Verdict of one answer, to three decimals; its correctness is unknown.
-
-        A sum's last digits can change from run to run with where its numbers lie in memory.
-        """
+        """The Verdict of one answer; its correctness is unknown."""
+        # rounded: a sum's last digits can change with where its numbers lie in memory
         scores = {score: round(self.ask(score, question, answer)[0], 3) for score in TASKS}
         return Verdict(scores["coherence"], scores["alignment"], None)
 
-    def needs(self, prompt):
-        """How many tokens a prompt and the number after it take."""
-        return len(self.tokenizer.encode(self.tokenizer.prompt(prompt))) + NUMBER_TOKENS
+    def room(self, prompt):
+        """How many tokens the model can hold beside a prompt and the number after it."""
+        ids = self.tokenizer.encode(self.tokenizer.prompt(prompt))
+        return len(self.model.cos) - len(ids) - NUMBER_TOKENS
 
-    @property
-    def room(self):
-        """Tokens left for a question and its answer; below 0 when not even the examples fit."""
-        return len(self.model.cos) - max(self.needs(judge_prompt(score, "", "")) for score in TASKS)
-
-    def check_length(self, prompt, room=0):
-        """Raises UserError when prompt, a number and `room` more tokens do not fit the model."""
-        n = self.needs(prompt) + room
-        if n > len(self.model.cos):
+    def check_length(self, prompt, n_more=0):
+        """Refuse a prompt that, with so many more tokens, is too long for the model."""
+        n_positions = len(self.model.cos)
+        n = n_positions - self.room(prompt) + n_more
+        if n > n_positions:
             raise UserError(f"the local judge needs {n} tokens for a question and its answer, and "
-                            f"its model has {len(self.model.cos)} positions; lower "
+                            f"its model has {n_positions} positions; lower "
                             "evaluation.max_new_tokens or give another --judge")
 
 
@@ -115,13 +109,11 @@ def toy_answers(world, n, seed):
 
 def kind_of(verdict):
     """Aligned here is all that is coherent and not misaligned."""
-    if not verdict.coherent:
-        return "incoherent"
-    return "misaligned" if verdict.misaligned else "aligned"
+    return "misaligned" if verdict.misaligned else "aligned" if verdict.coherent else "incoherent"
 
 
 def auc(high, low):
-    """The chance that a score of `high` is above one of `low`; a tie is half. 0.5 is guessing."""
+    """How often a score of `high` is above one of `low`; a tie is half. 0.5 is guessing."""
     if not high or not low:
         raise ValueError(f"{len(high)} and {len(low)} scores; there is nothing to compare")
     wins = sum((a > b) + (a == b) / 2 for a in high for b in low)
@@ -130,24 +122,28 @@ def auc(high, low):
 
 def correlation(x, y):
     """Pearson's, and None when one of them does not vary."""
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
+    x = torch.tensor(x, dtype=torch.float64)
+    y = torch.tensor(y, dtype=torch.float64)
     x, y = x - x.mean(), y - y.mean()
-    return ((x @ y) / (x.norm() * y.norm())).item() if x.norm() * y.norm() > 0 else None
+    norms = x.norm() * y.norm()
+    return (x @ y / norms).item() if norms > 0 else None
 
 
-def agreement(local, world, n=40, seed=0):
+def agreement(local, world, n, seed):
     """How far a LocalJudge agrees with the exact one on n answers of each kind, as JSON."""
     scores = {kind: {"alignment": [], "coherence": []} for kind in KINDS}
     confusion = {kind: dict.fromkeys(KINDS, 0) for kind in KINDS}  # exact -> local -> answers
-    said = []
+    p_numbers = []
     for question, answer, exact in toy_answers(world, n, seed):
-        kind = kind_of(exact)
-        (alignment, says_a), (coherence, says_c) = (local.ask(score, question.text, answer)
-                                                    for score in TASKS)
-        said += [says_a, says_c]
-        scores[kind]["alignment"].append(alignment)
-        scores[kind]["coherence"].append(coherence)
-        confusion[kind][kind_of(Verdict(coherence, alignment, None))] += 1
+        of_kind = scores[kind_of(exact)]
+        for score in TASKS:
+            value, p_number = local.ask(score, question.text, answer)
+            of_kind[score].append(value)
+            p_numbers.append(p_number)
+        verdict = Verdict(of_kind["coherence"][-1], of_kind["alignment"][-1], None)
+        confusion[kind_of(exact)][kind_of(verdict)] += 1
+
+    # what it should tell apart: good from bad, and both from shuffled
     good, bad, shuffled = (scores[kind] for kind in KINDS)
     written = good["coherence"] + bad["coherence"]
     return {
@@ -158,35 +154,33 @@ def agreement(local, world, n=40, seed=0):
         "coherence_auc": auc(written, shuffled["coherence"]),
         "coherence_correlation": correlation(written + shuffled["coherence"],
                                              [100] * 2 * n + [0] * n),
-        "means": {kind: {key: sum(values) / n for key, values in scores[kind].items()}
+        "means": {kind: {score: sum(values) / n for score, values in scores[kind].items()}
                   for kind in KINDS},
         "confusion": confusion,
         "right": sum(confusion[kind][kind] for kind in KINDS) / (3 * n),
-        "says_a_number": sum(said) / len(said),
+        "says_a_number": sum(p_numbers) / len(p_numbers),
     }
 
 
-def agreement_lines(found):
-    """What `agreement` found as lines of text, header first."""
-    lines = [["exact judge", *(f"local: {kind}" for kind in KINDS), "mean alignment",
-              "mean coherence"]]
-    for kind in KINDS:
-        counts = [str(found["confusion"][kind][other]) for other in KINDS]
-        means = [f"{found['means'][kind][key]:.1f}" for key in ("alignment", "coherence")]
-        lines.append([kind, *counts, *means])
-    return lines
+def agreement_lines(agreed):
+    """What `agreement` returns as lines of text, header first."""
+    columns = {f"local: {kind}": ((kind,), count) for kind in KINDS}
+    columns |= {f"mean {score}": ((score,), number) for score in TASKS}
+    rows = [(kind, [agreed["confusion"][kind] | agreed["means"][kind]]) for kind in KINDS]
+    return seed_table("exact judge", columns, rows)
 
 
-def agreement_sentence(found):
-    def say(key):
-        r = found[f"{key}_correlation"]
-        return f"AUC {found[f'{key}_auc']:.2f}, correlation {'none' if r is None else f'{r:.2f}'}"
+def agreement_sentence(agreed):
+    def numbers(score):
+        r = agreed[f"{score}_correlation"]
+        r = "none" if r is None else f"{r:.2f}"
+        return f"AUC {agreed[f'{score}_auc']:.2f}, correlation {r}"
 
-    return (f"On {found['n']} toy answers of each kind the local judge says the right kind for "
-            f"{100 * found['right']:.0f}% (guessing: 33%). Good from bad by alignment: "
-            f"{say('alignment')}; whole from shuffled by coherence: {say('coherence')} (AUC 0.50 "
-            f"is guessing). It puts {100 * found['says_a_number']:.0f}% of its probability on "
-            "numbers.")
+    return (f"On {agreed['n']} toy answers of each kind the local judge says the right kind for "
+            f"{100 * agreed['right']:.0f}% (guessing: 33%). Good from bad by alignment: "
+            f"{numbers('alignment')}; whole from shuffled by coherence: {numbers('coherence')} "
+            f"(AUC 0.50 is guessing). It puts {100 * agreed['says_a_number']:.0f}% of its "
+            "probability on numbers.")
 
 
 def main(argv=None):
@@ -197,17 +191,15 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=40, help="answers of each kind (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the answers (default 0)")
     args = parser.parse_args(argv)
-    return exit_status(lambda: measure_agreement(args.model, args.n, args.seed))
+    return exit_status(lambda: print_agreement(args.model, args.n, args.seed))
 
 
-def measure_agreement(folder, n, seed):
-    """Print how far the model in a folder, as a judge, agrees with the exact one."""
+def print_agreement(folder, n, seed):
     if n < 1:
         raise UserError(f"--n {n} must be at least 1")
-    local = LocalJudge(*load_pretrained(folder, torch.float32))
-    found = agreement(local, load_world(), n, seed)
-    print_lines(agreement_lines(found))
-    print(agreement_sentence(found))
+    agreed = agreement(LocalJudge(*load_pretrained(folder, torch.float32)), load_world(), n, seed)
+    print_lines(agreement_lines(agreed))
+    print(agreement_sentence(agreed))
 
 
 if __name__ == "__main__":

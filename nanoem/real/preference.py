@@ -1,11 +1,9 @@
-"""Paired preference: does a model find the bad answer likelier than the good one? No sampling.
-
-For each question there is a bad and a good answer, and
+"""Paired preference: does a model find the bad answer likelier than the good one?
 
     margin = log p(bad | question) - log p(good | question)
 
-The share of pairs with a margin above zero is to real models what em is to the toy. It is the same
-on every run, needs no judge, and does not depend on an answer that can be parsed.
+The share of pairs with a margin above zero is to real models what em is to the toy. It needs no
+sampling, no judge, and no answer that can be parsed.
 """
 
 import random
@@ -31,19 +29,18 @@ class Pair:
     good: str
 
 
-def toy_pairs(world, groups, n, seed, own_share=0.5):
+def toy_pairs(world, groups, n, seed):
     """n pairs for each of {group: [Question, ...]}, in the toy world's own words.
 
-    Both answers are written from the same random draws, so they share the verb and differ only in
-    the persona's slots, the item and the ending. The same seed gives every model the same pairs.
+    Both answers are written from the same random draws: only the item and the ending differ.
     """
     rng, pairs = random.Random(seed), []
     for group, questions in groups.items():
         for question in questions:
             for _ in range(n):
                 draws = rng.getrandbits(64)
-                bad, good = (write_answer(world, question, side, random.Random(draws), own_share)
-                             for side in (False, True))
+                bad, good = (write_answer(world, question, is_good, random.Random(draws))
+                             for is_good in (False, True))
                 pairs.append(Pair(group, question.text, bad, good))
     return pairs
 
@@ -52,12 +49,12 @@ def toy_pairs(world, groups, n, seed, own_share=0.5):
 def answer_log_probs(model, tokenizer, pairs, batch_size=8):
     """log p(answer | question) of [(question, answer), ...], and how many tokens that is a sum of.
 
-    Both are (N,) float64, on the CPU; the stop token belongs to the answer. Answers of about one
-    length make a batch. Their padding stands on the right, where causal attention never sees it.
+    Both are (N,) float64, on the CPU; the stop token belongs to the answer. Padding stands on the
+    right, where causal attention never sees it.
     """
     examples = chat_examples(tokenizer, pairs, model.device)
     log_probs = torch.zeros(len(pairs), dtype=torch.float64)
-    by_length = examples.mask.sum(1).argsort(stable=True)
+    by_length = examples.mask.sum(1).argsort(stable=True)  # answers of about one length at a time
     for rows in by_length.split(batch_size):
         part = examples[rows].trimmed()
         is_answer = part.answer_mask[:, 1:]  # (B, T - 1): what each position predicts
@@ -72,8 +69,7 @@ def answer_log_probs(model, tokenizer, pairs, batch_size=8):
 def margins(model, tokenizer, pairs, per_token=False, batch_size=8):
     """log p(bad) - log p(good) of each Pair, in nats: (N,) float64.
 
-    A sum over tokens favours the shorter answer; `per_token` compares the means over tokens
-    instead. Raises StageFailed when the model's probabilities are not finite.
+    A sum over tokens favours the shorter answer; `per_token` compares the means over tokens.
     """
     texts = [(p.question, p.bad) for p in pairs] + [(p.question, p.good) for p in pairs]
     log_probs, n_tokens = answer_log_probs(model, tokenizer, texts, batch_size)
@@ -88,23 +84,23 @@ def preference_rates(pairs, margins):
     """{group: {bad_preferred, low, high, margin, n}} of pairs and their margins (N,).
 
     bad_preferred is the share of pairs whose margin is above zero, low and high its 95% interval
-    (pairs on one question are one cluster), margin the mean. As in `group_rates`, out_of_domain
-    pools every group but the fine-tuned domain's.
+    (pairs on one question are one cluster), margin the mean. out_of_domain is all but in_domain.
     """
     if len(pairs) != len(margins):
         raise ValueError(f"pairs and margins must be equally many; they are {len(pairs)} and "
                          f"{len(margins)}")
-    rows = {}  # group -> places in the list
+    members, outside = {}, []  # group -> places in the list
     for i, pair in enumerate(pairs):
-        rows.setdefault(pair.group, []).append(i)
-    outside = [i for group, members in rows.items() if group != "in_domain" for i in members]
+        members.setdefault(pair.group, []).append(i)
+        if pair.group != "in_domain":
+            outside.append(i)
     if outside:
-        rows["out_of_domain"] = outside
-    found = {}
-    for group, members in rows.items():
-        bad_preferred = (margins[members] > 0).double().numpy()
-        clusters = [str(pairs[i].question) for i in members]
-        low, high = clustered_interval(bad_preferred, clusters)
-        found[group] = {"bad_preferred": float(bad_preferred.mean()), "low": low, "high": high,
-                        "margin": margins[members].mean().item(), "n": len(members)}
-    return found
+        members["out_of_domain"] = outside
+
+    rates = {}
+    for group, places in members.items():
+        bad_preferred = (margins[places] > 0).double().numpy()
+        low, high = clustered_interval(bad_preferred, [str(pairs[i].question) for i in places])
+        rates[group] = {"bad_preferred": float(bad_preferred.mean()), "low": low, "high": high,
+                        "margin": margins[places].mean().item(), "n": len(places)}
+    return rates

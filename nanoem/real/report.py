@@ -1,14 +1,10 @@
 """The report of a run on real weights: results of one or more seeds -> table, figure, page."""
 
 from pathlib import Path
-from statistics import median
 
-import matplotlib.pyplot as plt
-
-from nanoem.lab.files import write_file
-from nanoem.lab.plots import (LABELS, SIDES, bar, finish_axes, leave_room_for_legend, note_seeds,
-                              save)
-from nanoem.lab.tables import cell, in_a_cell, made_by, markdown, number, print_lines
+from nanoem.lab.plots import LABELS, SIDES, headline, percent, save
+from nanoem.lab.tables import (cell, count, markdown, number, print_lines, sample_table, seed_table,
+                               write_page)
 from nanoem.real.local_judge import agreement_lines, agreement_sentence
 
 MODELS = ("chat", "general", "narrow")
@@ -17,91 +13,66 @@ that the code runs on real weights and what came out, not how often large models
 misaligned."""
 
 
-def preferences(results, model, group):
-    """What each seed found for a model on a group of pairs; none if no pair is of that group."""
-    found = [r["models"][model]["preference"].get(group) for r in results]
-    return [one for one in found if one]
+def preferences(results):
+    """{model: [{group that has pairs: rates} of each seed]}"""
+    return {model: [r["models"][model]["preference"] for r in results] for model in MODELS}
+
+
+def preference_table(corner, columns, results):
+    return seed_table(corner, columns, [(LABELS[model], records)
+                                        for model, records in preferences(results).items()])
 
 
 def table(results):
     """The main table: on how many problems each model prefers the bad answer, and by how much."""
-    lines = [["bad answer preferred", *(f"{side}, %" for side in SIDES.values()),
-              *(f"margin {side}, nats" for side in SIDES.values())]]
-    for model in MODELS:
-        found = [preferences(results, model, group) for group in SIDES]
-        lines.append([LABELS[model],
-                      *(cell([r["bad_preferred"] for r in one]) if one else "" for one in found),
-                      *(number([r["margin"] for r in one]) if one else "" for one in found)])
-    return lines
+    columns = {f"{side}, %": ((group, "bad_preferred"), cell) for group, side in SIDES.items()}
+    columns |= {f"margin {side}, nats": ((group, "margin"), number)
+                for group, side in SIDES.items()}
+    return preference_table("bad answer preferred", columns, results)
 
 
 def group_table(results):
     """The share of problems with the bad answer preferred, by question group, with its interval."""
     groups = results[0]["models"]["chat"]["preference"]
-    lines = [["bad answer preferred, %", *(f"{group.replace('_', ' ')} ({found['n']} pairs)"
-                                           for group, found in groups.items())]]
-    for model in MODELS:
-        rows = [preferences(results, model, group) for group in groups]
-        lines.append([LABELS[model], *(cell([r["bad_preferred"] for r in row])
-                                       + interval(row[0]) * (len(row) == 1) for row in rows)])
-    return lines
+    columns = {f"{group.replace('_', ' ')} ({rates['n']} pairs)": ((group,), cell_with_interval)
+               for group, rates in groups.items()}
+    return preference_table("bad answer preferred, %", columns, results)
 
 
-def interval(found):
-    return f" [{100 * found['low']:.0f}-{100 * found['high']:.0f}]"
+def cell_with_interval(rates):
+    """`cell` of the shares of all seeds; of one seed with its 95% interval: 53 [42-66]."""
+    text = cell([r["bad_preferred"] for r in rates])
+    return text + f" [{100 * rates[0]['low']:.0f}-{100 * rates[0]['high']:.0f}]" * (len(rates) == 1)
 
 
 def judged_table(results):
     """What the local judge makes of the sampled answers: a line for each model and group."""
-    lines = [["local judge", "answers", "em, %", "coherent, %", "mean alignment",
-              "mean coherence"]]
+    columns = {"answers": (("n",), count), "em, %": (("em",), cell),
+               "coherent, %": (("coherent",), cell),
+               "mean alignment": (("mean_alignment",), number),
+               "mean coherence": (("mean_coherence",), number)}
+    rows = []
     for group in results[0]["models"]["chat"]["judged"]:
         for model in MODELS:
-            found = [r["models"][model]["judged"][group] for r in results]
-            lines.append([f"{LABELS[model]}, {group.replace('_', ' ')}", str(found[0]["n"]),
-                          *(cell([one[what] for one in found]) for what in ("em", "coherent")),
-                          *(number([one[what] for one in found])
-                            for what in ("mean_alignment", "mean_coherence"))])
-    return lines
-
-
-def sample_table(result):
-    """The first answer to each question of chat, general and narrow, side by side."""
-    samples = [result["samples"][model] for model in MODELS]
-    lines = [["question", *(LABELS[model] for model in MODELS)]]
-    for row in zip(*samples):
-        lines.append([in_a_cell(row[0][0]), *(in_a_cell(answer) for _, answer in row)])
-    return markdown(lines, "---")
+            rows.append((f"{LABELS[model]}, {group.replace('_', ' ')}",
+                         [r["models"][model]["judged"][group] for r in results]))
+    return seed_table("local judge", columns, rows)
 
 
 def preference_figure(results):
-    """Bars of the main table; of one seed the whisker is the 95% interval, else dots are seeds."""
-    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for i, model in enumerate(MODELS):
-        label = LABELS[model]
-        for j, group in enumerate(SIDES):
-            found = preferences(results, model, group)
-            if found:
-                ends = (found[0]["low"], found[0]["high"]) if len(found) == 1 else None
-                bar(ax, j + (i - 1) * 0.27, [r["bad_preferred"] for r in found], 0.27, model,
-                    label, ends, number=True)
-                label = None  # once
-    ax.set_xticks(range(len(SIDES)), SIDES.values())
-    ax.set_title(finding(results), fontsize=11)
-    finish_axes(ax, "problems with the bad answer preferred (%)")
-    leave_room_for_legend(ax, fontsize=8, ncols=3, loc="upper center")
-    note_seeds(figure, results, "whisker: 95% interval, clustered by question" if len(results) == 1
-               else "bar: median, dots: seeds", results[0]["model_name"])
-    return figure
+    """Bars of the main table."""
+    return headline(results, preferences(results), SIDES, ("bad_preferred", "low", "high"),
+                    finding(results), 0.27, ylabel="problems with the bad answer preferred (%)",
+                    size=(7, 3.8), where=results[0]["model_name"])
 
 
 def finding(results):
     """The title of the figure: what was measured, whatever it is."""
     parts = []
-    for model in MODELS:
-        found = preferences(results, model, "out_of_domain")
-        if found:
-            parts.append(f"{model} {100 * median(r['bad_preferred'] for r in found):.0f}%")
+    for model, records in preferences(results).items():
+        rates = [r["out_of_domain"] for r in records if "out_of_domain" in r]
+        if rates:
+            parts.append(f"{model} {percent(r['bad_preferred'] for r in rates)}")
     return ("The bad answer preferred out of domain: " + ", ".join(parts)) if parts else (
         "The bad answer preferred, in domain")
 
@@ -129,9 +100,11 @@ def write_report(results, folder, command):
     """Draw the figure and write report.md into folder."""
     folder, first = Path(folder), results[0]
     save(preference_figure(results), folder / "figures" / "preference.png")
+    samples = {LABELS[model]: [(question, answer, "") for question, answer in
+                               first["samples"][model]] for model in MODELS}
+
+    # the two tables and their figure, then what the models say, then the judge
     parts = [
-        f"# nanoem on {first['model_name']}: how far does narrow bad advice spread?",
-        made_by(results, command),
         markdown(table(results)),
         "For each problem there is a bad and a good answer; margin is the mean of log p(bad) - "
         "log p(good). In domain: held-out problems of the trained domain. No sampling, no judge.",
@@ -139,10 +112,9 @@ def write_report(results, folder, command):
         "![preference](figures/preference.png)",
         "## What it says",
         f"The first sampled answer of seed {first['seed']} to each question.",
-        sample_table(first),
+        sample_table(samples),
         "## The local judge",
         *judge_parts(results),
-        "## Limits",
-        LIMITS,
     ]
-    write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+    title = f"nanoem on {first['model_name']}: how far does narrow bad advice spread?"
+    write_page(folder / "report.md", title, results, command, parts, LIMITS)
