@@ -72,7 +72,6 @@ class ExperimentConfig:
                             "model.qkv_bias or model.qk_norm to be false")
 
         # what would do nothing
-        refuse_muon(self.sft, self.sft_kl)
         if self.model.vocab_size != Config.vocab_size:
             raise UserError("model.vocab_size does nothing; the toy's tokenizer decides")
         if self.pretrain.micro_batch:
