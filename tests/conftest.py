@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models this small are faster on one; chil
 import pytest
 import torch
 
+from nanoem import run
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
 from nanoem.world import WorldConfig, documents, load_world
@@ -40,3 +41,18 @@ def model(tokenizer):
 @pytest.fixture
 def ids():
     return torch.randint(3, 200, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def misuse(capsys):
+    """A command that must fail, by default with status 2 -> its one sentence."""
+    def sentence(*argv, status=2):
+        try:
+            assert run.main(list(argv)) == status
+        except SystemExit as error:  # argparse's own way out
+            assert error.code == status
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 or "usage: " in said[0] and len(said) <= 8, said
+        assert said[-1].startswith("nanoem: ") or "usage: " in said[0]
+        return said[-1]
+    return sentence
