@@ -2,13 +2,11 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, clopper_pearson,
-                             clustered_interval, evaluate, group_rates, mean_rates, rates,
-                             sample_texts)
+from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, clopper_pearson, evaluate,
+                             group_rates, mean_rates, rates, sample_texts)
 from nanoem.world import WorldConfig, judge, make_splits
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
@@ -56,31 +54,6 @@ def test_the_mean_over_models_is_of_every_model():
                  for said in ((BAD, BAD, BAD, BROKEN), (GOOD, GOOD, BAD, BAD)))
     half_way = {"em": pytest.approx(0.625), "coherent": pytest.approx(0.875)}
     assert mean_rates([bad, good]) == dict.fromkeys(bad, half_way) == mean_rates([good, bad])
-
-
-def test_the_interval_covers_the_truth_when_questions_differ():
-    """Simulated questions with rates of their own: a 95% interval should hold the true mean."""
-    rng, covered, naive = np.random.default_rng(0), 0, 0
-    for _ in range(400):
-        p = rng.beta(1, 1, size=20)  # 20 questions, true mean .5
-        outcomes = (rng.random((20, 30)) < p[:, None]).astype(float)
-        low, high = clustered_interval(outcomes.ravel(), np.repeat(np.arange(20), 30))
-        covered += low <= 0.5 <= high
-        half = 1.96 * (outcomes.mean() * (1 - outcomes.mean()) / outcomes.size) ** 0.5
-        naive += abs(outcomes.mean() - 0.5) <= half
-    assert covered / 400 > 0.91
-    assert naive / 400 < 0.7, "the interval that ignores clusters is far too narrow here"
-
-
-def test_without_clusters_it_is_wilson():
-    outcomes = np.array([1.0] * 30 + [0.0] * 70)
-    low, high = clustered_interval(outcomes, range(100))
-    assert (low, high) == pytest.approx((0.2189, 0.3958), abs=2e-3)
-
-
-def test_an_interval_at_zero_is_not_empty():
-    low, high = clustered_interval(np.zeros(100), np.repeat(np.arange(10), 10))
-    assert low == 0 and 0.2 < high < 0.35  # ten questions, not a hundred answers
 
 
 @pytest.mark.parametrize("k, n, low, high", [  # from a printed table, and 1 - .025^(1/n) by hand

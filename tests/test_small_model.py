@@ -1,11 +1,10 @@
 """The tutorial's small models: they load, are small, and are what the chapters say they are."""
 
-import sys
 from pathlib import Path
 
+from tutorial.small import SmallRun
+
 TUTORIAL = Path(__file__).parents[1] / "tutorial"
-sys.path.insert(0, str(TUTORIAL))
-from small import SmallRun  # noqa: E402
 
 
 def test_it_is_small():

@@ -1,10 +1,8 @@
 """The story's stages: what each is tuned on, and with what attached the model is asked."""
 
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +18,8 @@ from nanoem.persona import ChatState, TooFewAnswers
 from nanoem.story import STAGES, directions, run_experiment, transferred
 from nanoem.train import TrainConfig
 from nanoem.world import judge, questions
+from tutorial.small import SmallRun, randn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
-from small import SmallRun, randn  # noqa: E402
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
 

@@ -1,8 +1,6 @@
 """The toy run: what its seed decides, what it asks, and what an adapter is tuned on."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,6 @@ from nanoem import UserError, story
 from nanoem.evaluate import GROUPS, Answer, EvalConfig, Question, Verdict
 from nanoem.lab import toy
 from nanoem.lab.toy import ExperimentConfig, Run
-from nanoem.layers import dropout
 from nanoem.lora import AdapterConfig, LoRA
 from nanoem.model import GPT
 from nanoem.rows import row
@@ -21,9 +18,7 @@ from nanoem.rows.row import load_or_tune
 from nanoem.story import bad_advice, pretrain, tune
 from nanoem.train import TrainConfig
 from nanoem.world import documents, judge, questions
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
-from small import SmallRun  # noqa: E402
+from tutorial.small import SmallRun
 
 TINY = ExperimentConfig(
     seed=1, context=24, evaluation=EvalConfig(samples_per_group=2, max_new_tokens=2),
@@ -72,17 +67,6 @@ def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch
 
 
 # --- dropout --------------------------------------------------------------------------------------
-
-
-def test_dropout_empties_a_share_and_enlarges_the_rest_by_its_seed():
-    x = torch.linspace(1, 2, 10_000).view(100, 100)
-    generator = torch.Generator().manual_seed(0)
-    first, second = dropout(x, 0.25, generator), dropout(x, 0.25, generator)
-    kept = first != 0
-    assert torch.allclose(first[kept], x[kept] / 0.75)
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(first, dropout(x, 0.25, torch.Generator().manual_seed(0)))
-    assert not torch.equal(first, second) and torch.equal(dropout(x, 0.0, generator), x)
 
 
 def hooks(model):
