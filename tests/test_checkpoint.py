@@ -10,7 +10,7 @@ import torch
 from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save_adapter,
                                save_pretrained, save_tensors)
-from nanoem.lab.files import new_folder, read_json, write_file
+from nanoem.lab.files import read_json
 from nanoem.lora import LoRA, SteeringVector
 
 
@@ -38,35 +38,6 @@ def test_tensors_come_back_to_the_bit(tmp_path):
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def rewrite_header(path, change):
-    data = path.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + n])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda h: h["x"].update(dtype="F8"), "dtype F8"),
-    (lambda h: h["x"].update(dtype=[]), "header"),
-    (lambda h: h["x"].update(shape=[3, 4]), "shape"),
-    (lambda h: h["x"].update(shape=[-2, -3]), "shape"),
-    (lambda h: h["x"].update(shape="ab"), "header"),
-    (lambda h: h["x"].update(data_offsets=[-24, 0]), "bytes -24"),
-    (lambda h: h["x"].update(data_offsets=[8, 32]), "truncated"),
-    (lambda h: h["x"].pop("shape"), "header"),
-    (lambda h: h.update(x=3), "header"),
-])
-def test_a_broken_header_is_one_sentence(tmp_path, change, message):
-    path = tmp_path / "x.safetensors"
-    save_tensors(path, {"x": torch.randn(2, 3)})
-    rewrite_header(path, change)
-    with pytest.raises(UserError, match=message) as error:
-        load_tensors(path)
-    assert str(path) in str(error.value)
-
-
 @pytest.mark.parametrize("n_bytes", [0, 5, 8, 60, -1])
 def test_a_truncated_file_is_named(tmp_path, n_bytes):
     path = tmp_path / "x.safetensors"
@@ -92,32 +63,10 @@ def test_a_model_comes_back_exactly(tmp_path, model, tokenizer, ids):
         == torch.bfloat16
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path, model, tokenizer):
-    save_pretrained(model, tokenizer, tmp_path)
-    file, tensors = tmp_path / "model.safetensors", load_tensors(tmp_path / "model.safetensors")
-    for change, message in (
-        ({"model.extra": torch.zeros(1)}, "unexpected tensors: model.extra"),
-        ({"model.norm.weight": torch.zeros(3)}, "misshapen tensors: model.norm.weight"),
-    ):
-        save_tensors(file, {**tensors, **change})
-        with pytest.raises(UserError, match=message):
-            load_pretrained(tmp_path)
-    del tensors["model.layers.0.self_attn.q_norm.weight"]
-    save_tensors(file, tensors)
-    with pytest.raises(UserError, match="misses tensors: model.layers.0.self_attn.q_norm.weight"):
-        load_pretrained(tmp_path)
-
-
 def test_a_folder_that_is_no_model_is_refused(tmp_path, model, tokenizer):
     with pytest.raises(UserError, match="not a folder"):
         load_pretrained(tmp_path / "nowhere")
     save_pretrained(model, tokenizer, tmp_path / "m")
-    (tmp_path / "m/config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="'bert'"):
-        load_pretrained(tmp_path / "m")
-    (tmp_path / "m/config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(UserError, match="'vocab_size' is missing"):
-        load_pretrained(tmp_path / "m")
     (tmp_path / "m/config.json").write_text("[1]")
     with pytest.raises(UserError, match="JSON object"):
         load_pretrained(tmp_path / "m")
@@ -170,13 +119,3 @@ def test_an_adapter_for_another_model_is_refused(tmp_path, model):
     save_tensors(tmp_path / "a/adapter_model.safetensors", {**tensors, name: torch.zeros(1, 7)})
     with pytest.raises(UserError, match="another model"):
         load_adapter(model, tmp_path / "a")
-
-
-def test_nothing_half_written_stays(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as folder:
-        (folder / "x").write_text("half")
-        1 / 0
-    assert list(tmp_path.iterdir()) == []
-    write_file(tmp_path / "deep" / "file", "whole")
-    assert (tmp_path / "deep" / "file").read_text() == "whole"
-    assert len(list((tmp_path / "deep").iterdir())) == 1
