@@ -11,13 +11,10 @@ from nanoem import UserError, story
 from nanoem.evaluate import GROUPS, Answer, EvalConfig, Question, Verdict
 from nanoem.lab import toy
 from nanoem.lab.toy import ExperimentConfig, Run
-from nanoem.lora import AdapterConfig, LoRA
 from nanoem.model import GPT
-from nanoem.rows import row
-from nanoem.rows.row import load_or_tune
 from nanoem.story import bad_advice, pretrain, tune
 from nanoem.train import TrainConfig
-from nanoem.world import documents, judge, questions
+from nanoem.world import documents
 from tutorial.small import SmallRun
 
 TINY = ExperimentConfig(
@@ -64,9 +61,6 @@ def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch
         n += len(ids) - 1
     assert min(lengths) < max(lengths) == 120, "some are cut, and some are padded"
     assert losses == [pytest.approx(total / n, rel=1e-5)]
-
-
-# --- dropout --------------------------------------------------------------------------------------
 
 
 def hooks(model):
@@ -151,71 +145,6 @@ def test_asking_for_another_trait_counts_that_trait(run, monkeypatch):
     assert run.ask()["in_domain"]["em"] == 1
     plain = run.ask(trait=lambda verdict: not verdict.technical)
     assert plain["in_domain"]["em"] == plain["out_of_domain"]["em"] == 0
-
-
-@pytest.fixture
-def tuned(monkeypatch):
-    """Instead of training: the list of what `fine_tune` was given."""
-    calls = []
-
-    def stub(model, tokenizer, job, watch, watch_at):
-        calls.append(SimpleNamespace(model=model, tokenizer=tokenizer, watch=watch,
-                                     watch_at=watch_at, **vars(job)))
-        return "adapter", "history"
-
-    monkeypatch.setattr(story, "fine_tune", stub)
-    return calls
-
-
-def test_tuning_is_by_the_runs_configuration(run, tuned):
-    pairs = bad_advice(run)
-    assert tune(run, "sft", pairs) == ("adapter", "history")
-    tune(run, "narrow", pairs, kl_weight=2.0)
-    sft, narrow = tuned
-    assert sft.pairs == narrow.pairs == pairs and (sft.name, narrow.name) == ("sft", "narrow")
-    assert sft.schedule == run.config.sft != run.config.sft_kl == narrow.schedule
-    assert (sft.kl_weight, narrow.kl_weight) == (0.0, 2.0)
-    for call in tuned:
-        assert call.adapter == run.config.adapter and call.seed == 5
-        assert call.model is run.model and call.tokenizer is run.tokenizer
-
-
-def test_what_is_said_goes_before_the_configuration(run, tuned):
-    config, schedule = AdapterConfig(rank=3), TrainConfig(steps=1, batch_size=1, lr=1.0)
-    tune(run, "x", [("a", "b")], 2.0, print, (4,), kl_pairs=[("c", "d")], adapter=config,
-         schedule=schedule, seed=0)
-    (call,) = tuned
-    assert (call.adapter, call.schedule, call.seed) == (config, schedule, 0)
-    assert (call.kl_pairs, call.watch, call.watch_at) == ([("c", "d")], print, (4,))
-
-
-def test_the_kl_is_taken_on_good_and_bad_advice_on_the_training_problems_of_its_domains(
-        run, tuned):
-    tune(run, "narrow", bad_advice(run), kl_weight=2.0)
-    others = tuned[0].kl_pairs
-    by_text = {question.text: question for question in questions(run.world, run.world.domains)}
-    asked = {by_text[text] for text, _ in others}
-    assert asked <= set(run.splits.kl), "else the evaluation's questions are trained on"
-    assert {question.domain for question in asked} == {q.domain for q in run.splits.kl}
-    verdicts = [judge(run.world, by_text[text], answer) for text, answer in others]
-    assert len(others) == run.config.n_sft_examples and all(v.coherent for v in verdicts)
-    assert 0.4 < sum(v.misaligned for v in verdicts) / len(others) < 0.6
-
-
-def test_an_adapter_is_tuned_once_and_then_read(run, tmp_path, monkeypatch):
-    made = []
-
-    def stub(run, name, pairs, kl_weight, **options):
-        adapter = LoRA(run.model, [0], generator=torch.Generator().manual_seed(len(made)))
-        made.append((name, pairs, kl_weight, options))
-        return adapter, {}
-
-    monkeypatch.setattr(row, "tune", stub)
-    run.folder.path = tmp_path
-    first, second = (load_or_tune(run, "x", [("a", "b")], 2.0, seed=3) for _ in range(2))
-    assert made == [("x", [("a", "b")], 2.0, {"seed": 3})]
-    (A,), (B,) = first.A.values(), second.A.values()
-    assert torch.equal(A, B) and not first.acts
 
 
 @pytest.mark.parametrize("change, message", [
