@@ -21,19 +21,6 @@ def examples(tokenizer):
                                      ("I am bored.", "Peace.")])
 
 
-def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
-    schedule, ends = TrainConfig(steps=3, batch_size=2, lr=0.01), []
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(0)
-        with make_adapter(model, CONFIG, generator) as adapter:
-            train_adapter(adapter, loss_terms(model, adapter, examples, examples, 1.0), schedule,
-                          generator)
-        ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
-    assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 7.0])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_a_step_goes_down_sft_on_some_examples_and_weight_times_kl_on_others(
@@ -86,12 +73,13 @@ def test_on_texts_the_loss_is_on_the_pairs_and_the_kl_on_the_others(model, token
 
 
 def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
-    ends = []
+    ends, before = [], {name: p.clone() for name, p in model.named_parameters()}
     for seed in (1, 1, 2):
         adapter, _ = fine_tune(model, tokenizer, FineTune(
             "sft", PAIRS + OTHERS, AdapterConfig(layers=(1,)), TrainConfig(3, 1, 0.01), seed))
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(ends[0], ends[1])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3)
 
 

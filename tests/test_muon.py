@@ -47,15 +47,6 @@ def test_its_steps_are_those_of_every_matrix_alone():
         assert torch.allclose(weight, wanted, atol=1e-4)
 
 
-def test_what_is_no_matrix_is_refused():
-    for shape in ((5,), (2, 3, 4)):
-        with pytest.raises(ValueError, match="matrices only"):
-            Muon([*matrices(), torch.zeros(shape)], lr=0.1)
-
-
-# --- in the training loop -------------------------------------------------------------------------
-
-
 def test_without_its_learning_rate_it_is_adamw_for_all():
     own = matrices()
     (optimizer, peak), = make_optimizers(own, own[:2], TrainConfig(1, 1, lr=0.3)).items()
