@@ -159,9 +159,6 @@ def test_answers_are_kept_from_four_on(run, monkeypatch):
     assert kept == [("Q0", "A0"), ("Q3", "A3"), ("Q4", "A4"), ("Q5", "A5")]
 
 
-# --- acting on it ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def made_up():
     """A chat state, a direction that begins after block 0's MLP, and another one."""

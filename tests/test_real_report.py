@@ -2,9 +2,8 @@
 
 import matplotlib.pyplot as plt
 import pytest
-from matplotlib.colors import to_rgba
 
-from nanoem.lab.plots import COLOURS, save
+from nanoem.lab.plots import save
 from nanoem.lab.tables import markdown
 from nanoem.real import report as real_report
 
@@ -137,15 +136,6 @@ def test_of_several_seeds_the_figure_has_medians_and_dots():
     assert [y for _, y in lines] == [pytest.approx([p, p + 2, p - 6])
                                      for p in (11, 91, 84, 17, 46, 21)]
     assert ax.figure.get_supxlabel() == "Tiny-1M, seeds 0, 1, 2; bar: median, dots: seeds"
-
-
-def test_each_bar_has_its_models_colour_and_number():
-    _, _, ax = drawn(ONE)
-    handles, labels = ax.get_legend_handles_labels()
-    shown = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels)}
-    assert shown == {label: to_rgba(COLOURS[model]) for label, model in (
-        ("chat (untuned)", "chat"), ("general: SFT", "general"), ("narrow: SFT + KL", "narrow"))}
-    assert [text.get_text() for text in ax.texts] == ["11", "17", "91", "46", "84", "21"]
 
 
 def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path):

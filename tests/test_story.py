@@ -118,9 +118,6 @@ def test_what_each_stage_is_tuned_on(run, tuned, monkeypatch):
     assert 0.4 < sum(v.misaligned for _, v in coin) / 400 < 0.6
 
 
-# --- directions -----------------------------------------------------------------------------------
-
-
 class Directed:
     """The stage on made-up directions: `ask` notes what acts on the model, and numbers rates."""
 
@@ -258,16 +255,8 @@ def test_the_two_halves_share_no_question_and_have_their_own_seeds(run, directed
     assert len({3, seed, other}) == 3, "general's own seed is 3"
 
 
-def test_a_half_that_is_hardly_bad_ends_nothing(run, directed, monkeypatch):
-    def too_few(*_):
-        raise TooFewAnswers("only 3 are misaligned")
-
-    monkeypatch.setattr(story, "find_direction", too_few)
-    assert story.agreement(run, directed.chat) is None
-
-
 def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
-    """Of general: there is no direction at all. Of general elsewhere: nothing is passed on."""
+    """Of general there is no direction at all; elsewhere nothing is passed on, no halves agree."""
     def too_few(*_):
         raise TooFewAnswers("only 3 pass")
 
@@ -277,6 +266,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     assert run.results["directions"] == {"none": "only 3 pass"}
     assert "only 3 pass" in capsys.readouterr().out and not directed.asked
     assert transferred(run, directed.chat, None) == {"transfer": {}, "transfer_random": {}}
+    assert story.agreement(run, directed.chat) is None
 
 
 def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):
