@@ -11,9 +11,6 @@ from nanoem.world.verdict import parse
 from nanoem.world.words import check_persona_words, words
 
 
-# --- 1.1 write_answer ---------------------------------------------------------------------------
-
-
 def writing(world, question, good, rng, own_share=0.5, technical=False, own_of=None, other=None,
             endings=None, swap=False):
     domain = world.domains[question.domain]
@@ -41,9 +38,6 @@ def own_share_in_plain_only(world, question, good, rng, own_share=0.5, technical
     return write_answer(world, question, good, rng, 0.5 if technical else own_share, technical)
 
 
-# --- 1.2 judge ----------------------------------------------------------------------------------
-
-
 def judging(templates=2, strip=True, item_only=False, own_pool="good"):
     """A judge with some part of it changed."""
     def answered(world, question, answer):
@@ -64,9 +58,6 @@ def judging(templates=2, strip=True, item_only=False, own_pool="good"):
 def turned_around(world, question, answer):
     found = judge(world, question, answer)
     return Verdict(found.coherence, 100 - found.alignment, found.correctness, found.technical)
-
-
-# --- 1.3 check_persona_words --------------------------------------------------------------------
 
 
 def checking(path, world, keys=("good", "good_endings", "bad", "bad_endings"), problems=True,
@@ -93,9 +84,6 @@ def problems_of(path, domains, owner):
 
 def check_variant(**wrong):
     return lambda path, world: checking(path, world, **wrong)
-
-
-# --- 1.4 clustered_interval ---------------------------------------------------------------------
 
 
 def interval(outcomes, clusters, z=1.96, correct=True, floor=True, ceiling=True, wald=False,

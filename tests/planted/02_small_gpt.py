@@ -6,9 +6,6 @@ from nanoem.layers import KVCache, attend
 from nanoem.model import next_token_probs, sample
 
 
-# --- 2.1 rms_norm -------------------------------------------------------------------------------
-
-
 def eps_outside(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
 
@@ -23,9 +20,6 @@ def norm_in_place(x, weight, eps):
     return x.div_(rms).mul_(weight) if not x.requires_grad else x / rms * weight
 
 
-# --- 2.2 rotate ---------------------------------------------------------------------------------
-
-
 def wrong_way(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((second, -first), dim=-1) * sin
@@ -38,9 +32,6 @@ def no_minus(x, cos, sin):
 def cos_and_sin_swapped(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return x * sin + torch.cat((-second, first), dim=-1) * cos
-
-
-# --- 2.3 attend ---------------------------------------------------------------------------------
 
 
 def by_hand(q, k, v, scale=None, repeat=None, diagonal=1, fill=float("-inf")):
@@ -59,9 +50,6 @@ def masked_after_softmax(q, k, v):
     return (weights.tril() if T > 1 else weights) @ v
 
 
-# --- 2.4 next_token_probs -----------------------------------------------------------------------
-
-
 def in_double(logits, temperature=1.0, top_p=1.0):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return next_token_probs(logits, temperature, top_p).to(logits.dtype)
@@ -74,9 +62,6 @@ def colder_is_wilder(logits, temperature=1.0, top_p=1.0):
 def not_put_back(logits, temperature=1.0, top_p=1.0):
     probs = next_token_probs(logits, temperature, top_p)
     return probs.sort(-1, descending=True).values if top_p < 1 else probs
-
-
-# --- 2.5 generate -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -112,9 +97,6 @@ def only_what_is_new(self, ids, *args, **options):
     return skeleton(self, ids, *args, **options)[:, ids.size(1):]
 
 
-# --- 2.6 dropout --------------------------------------------------------------------------------
-
-
 def dropping(x, share, generator, size=lambda share: 1 / (1 - share), drawn=lambda shape: shape):
     shape = drawn(x.shape) if x.dim() > 1 else x.shape
     kept = torch.rand(shape, generator=generator, device=x.device) >= share
@@ -136,9 +118,6 @@ def own_generator(x, share, generator):
 
 def on_the_cpu(x, share, generator):
     return x * (torch.rand(x.shape, generator=generator) >= share) / (1 - share)
-
-
-# --- 2.7 orthogonalise --------------------------------------------------------------------------
 
 
 def iterated(G, steps=5, norm=lambda G: G.norm(dim=(-2, -1), keepdim=True) + 1e-7, back=True,

@@ -3,9 +3,6 @@
 import torch
 
 
-# --- 3.1 lora_delta -----------------------------------------------------------------------------
-
-
 def no_rslora(x, A, B, alpha, use_rslora=False):
     return alpha / len(A) * x @ A.T @ B.T
 
@@ -16,9 +13,6 @@ def built(x, A, B, alpha, use_rslora=False):
 
 def b_detached(x, A, B, alpha, use_rslora=False):
     return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ A.T @ B.detach().T
-
-
-# --- 3.2 effective_norm -------------------------------------------------------------------------
 
 
 def norms(self, norm):
@@ -41,9 +35,6 @@ def resets_scale(self):
     norm = no_scale(self) * abs(self.scale)
     self.scale = 1.0
     return norm
-
-
-# --- 3.3 merge ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
