@@ -155,7 +155,7 @@ def mutated_values(rng, lines):
 def test_whatever_a_file_holds_it_is_read_or_refused_in_one_sentence(tmp_path, tokenizer):
     rng, path, read_well, refused = random.Random(0), tmp_path / "fuzz.jsonl", 0, 0
     valid = "\n".join(map(json.dumps, LINES)).encode()
-    for trial in range(1000):
+    for trial in range(400):
         data = mutated_values(rng, LINES) if trial % 2 else mutated_bytes(rng, valid)
         path.write_bytes(data)
         try:
@@ -169,4 +169,4 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_one_sentence(tmp_path, t
             read_questions(path)
         except UserError:
             pass
-    assert min(read_well, refused) > 100, (read_well, refused)
+    assert min(read_well, refused) > 40, (read_well, refused)

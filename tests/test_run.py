@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import torch
 
 from nanoem import run
 from nanoem.checkpoint import load_pretrained, load_tensors
-from nanoem.lab import parallel
+from nanoem.lab import parallel, side_by_side
 from nanoem.lab.folder import lock
 from nanoem.lab.settings import all_keys, set_keys
 from nanoem.lab.shell import exit_status, lacks_memory
@@ -52,6 +53,7 @@ def test_on_a_card_the_losses_are_the_same(small, tmp_path, monkeypatch):
     copy = copy_without(small, tmp_path / "card", "general", "narrow", "directions")
     for file in ("config.json", "results.json"):
         (copy / file).write_text((copy / file).read_text().replace('"cpu"', '"cuda"'))
+    monkeypatch.setattr("nanoem.persona.SCALES", (1.0, 2.0))
     with pretend_card(monkeypatch):
         assert run.main([*short, str(tmp_path / "there"), "--device", "cuda"]) == 0
         assert run.main([*SMALL, "--device", "cuda", "--out", str(copy)]) == 0
@@ -328,7 +330,9 @@ def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
     assert found[1]["directions"].keys() == found[0]["directions"].keys()
 
 
-def test_a_failure_side_by_side_is_told_once(misuse, tmp_path):
+def test_a_failure_side_by_side_is_told_once(misuse, tmp_path, monkeypatch):
+    """In processes that start as this system's do by default: a fork is faster than a spawn."""
+    monkeypatch.setattr(side_by_side, "get_context", lambda _: multiprocessing.get_context())
     argv = [*SMALL, "pretrain.lr=1e30", "pretrain.steps=20", "--seeds", "3", "4", "--jobs", "2",
             "--out", str(tmp_path)]
     assert misuse(*argv, status=1).startswith("nanoem: pretrain: the loss is")
