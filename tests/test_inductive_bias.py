@@ -86,6 +86,7 @@ def test_significance_is_kl_to_base_at_that_norm(model, adapter, ids, examples):
 
 def test_curvature_is_that_of_the_hessian_by_finite_differences(model, adapter, examples):
     model.double()
+    examples = examples[:1]
     for p in adapter.parameters():
         p.data = p.data.double()
     parameters = adapter.parameters()

@@ -135,7 +135,12 @@ def copy_without(small, folder, *stages):
     return folder
 
 
-def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("nanoem.lab.report.draw_all", lambda results, folder: [])
+
+
+def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path, no_figures):
     """Forget everything after `mixed`, as if the run had been killed there, and go on."""
     copy = copy_without(small, tmp_path / "copy", "shuffled", "directions")
     assert run.main([*SMALL, "--out", str(copy)]) == 0
@@ -313,7 +318,7 @@ def test_too_little_memory_names_what_to_set(model, keys, misuse, tmp_path, monk
     assert set_keys(keys, settings) != keys
 
 
-def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
+def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys, no_figures):
     """Two processes; one of them finds its seed finished, the other has a stage to make."""
     shutil.copytree(small, tmp_path / "seed-0")
     other = copy_without(small, tmp_path / "seed-1", "shuffled")

@@ -43,18 +43,6 @@ def by_hand(q, k, v, scale=None, repeat=None, diagonal=1, fill=float("-inf")):
     return scores.softmax(-1) @ v
 
 
-def masked_after_softmax(q, k, v):
-    n, T = q.size(1) // k.size(1), q.size(2)
-    k, v = (x.repeat_interleave(n, 1) for x in (k, v))
-    weights = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).softmax(-1)
-    return (weights.tril() if T > 1 else weights) @ v
-
-
-def in_double(logits, temperature=1.0, top_p=1.0):
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return next_token_probs(logits, temperature, top_p).to(logits.dtype)
-
-
 def colder_is_wilder(logits, temperature=1.0, top_p=1.0):
     return next_token_probs(logits, 1 / temperature, top_p)
 
@@ -121,8 +109,8 @@ def on_the_cpu(x, share, generator):
 
 
 def iterated(G, steps=5, norm=lambda G: G.norm(dim=(-2, -1), keepdim=True) + 1e-7, back=True,
-             turned=lambda rows, cols: rows > cols, turn=lambda X: X.mT, b=-4.7750, c=2.0315):
-    X, is_turned = G / norm(G), turned(*G.shape[-2:])
+             turn=lambda X: X.mT, b=-4.7750, c=2.0315):
+    X, is_turned = G / norm(G), G.size(-2) > G.size(-1)
     X = turn(X) if is_turned else X
     for _ in range(steps):
         A = X @ X.mT
@@ -134,11 +122,6 @@ def iterating(less=0, **options):
     return lambda G, steps=5: iterated(G, steps - less, **options)
 
 
-def normed_in_place(G, steps=5):
-    G /= G.norm(dim=(-2, -1), keepdim=True) + 1e-7
-    return iterated(G, steps)
-
-
 PLANTED = [
     ("rms_norm", "eps is outside the root", eps_outside),
     ("rms_norm", "multiply by the weight last", weight_before_rounding),
@@ -146,20 +129,26 @@ PLANTED = [
     ("rotate", "wrong way", wrong_way),
     ("rotate", "a minus is missing", no_minus),
     ("rotate", "cos and sin are swapped", cos_and_sin_swapped),
+    ("attend", "the future is seen", lambda q, k, v: by_hand(q, k, v, diagonal=99)),
+    ("attend", "repeat_interleave", lambda q, k, v: by_hand(
+        q, k, v, repeat=lambda x, n, dim: x.repeat(1, n, 1, 1))),
     ("attend", r"divide the scores by sqrt\(head_dim\)",
      lambda q, k, v: by_hand(q, k, v, scale=1.0)),
     ("attend", "not by head_dim", lambda q, k, v: by_hand(q, k, v, scale=1 / q.size(-1))),
-    ("attend", "masked after the softmax", masked_after_softmax),
     ("attend", "set to 0", lambda q, k, v: by_hand(q, k, v, fill=0.0)),
     ("attend", "off by one", lambda q, k, v: by_hand(q, k, v, diagonal=2)),
     ("attend", "no gradient", lambda q, k, v: attend(q.detach(), k, v).detach()),
     ("attend", "device=q.device", by_hand),
-    ("next_token_probs", "return float32", in_double),
     ("next_token_probs", "a high one makes all more alike", colder_is_wilder),
     ("next_token_probs", "scatter them", not_put_back),
     ("next_token_probs", "over the batch",
      lambda logits, temperature=1.0, top_p=1.0: (logits.float() / temperature).softmax(0)),
+    ("generate", "right in row 0|not the likeliest next token", variant(at=0)),
     ("generate", "newest token", variant(feed_all=True)),
+    ("generate", "filled with", variant(fill=False)),
+    ("generate", "filled with", variant(fill_with=lambda stops: stops[0])),
+    ("generate", "ends when all rows", variant(early=False)),
+    ("generate", "ends when all rows|too early|shape", variant(first_row=True)),
     ("generate", "top_p|cache", variant(top_p_for_all=False)),
     ("generate", "device=ids.device", variant(
         chances=lambda *shape, generator, device: torch.rand(*shape, generator=generator))),
@@ -192,7 +181,6 @@ PLANTED = [
     ("orthogonalise", "transpose with .mT",
      iterating(turn=lambda X: X.permute(*range(X.dim())[::-1]))),
     ("orthogonalise", "coefficient", iterating(b=-2.0315, c=4.7750)),
-    ("orthogonalise", "in place", normed_in_place),
     ("orthogonalise", "own dtype|keep the dtype",
      lambda G, steps=5: iterated(G.bfloat16(), steps)),
     ("orthogonalise", "zeros gives NaN",

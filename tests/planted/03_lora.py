@@ -11,10 +11,6 @@ def built(x, A, B, alpha, use_rslora=False):
     return x @ (alpha / (len(A) ** 0.5 if use_rslora else len(A)) * B @ A).T
 
 
-def b_detached(x, A, B, alpha, use_rslora=False):
-    return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ A.T @ B.detach().T
-
-
 def norms(self, norm):
     return [norm(self.A[n].detach(), self.B[n].detach()) for n in self.sites]
 
@@ -59,7 +55,6 @@ PLANTED = [
      lambda x, A, B, alpha, use_rslora=False: alpha * x @ A.T @ B.T),
     ("lora_delta", r"with rsLoRA divide by sqrt\(rank\)", no_rslora),
     ("lora_delta", r"whole \(out, in\) matrix", built),
-    ("lora_delta", "no gradient reaches B", b_detached),
     ("effective_norm", "self.scale is missing", no_scale),
     ("effective_norm", "not the sum", summed),
     ("effective_norm", "self.scale was changed", resets_scale),

@@ -9,11 +9,6 @@ from nanoem.train import chat_examples
 from nanoem.world import questions
 
 
-def same_place(logits, ids, mask=None):
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    return F.cross_entropy(logits[mask].float(), ids[mask])
-
-
 def token_before(logits, ids, mask=None):
     return next_token_loss(logits.flip(1), ids.flip(1), None if mask is None else mask.flip(1))
 
@@ -69,14 +64,10 @@ def log_probs(mask_of, divide=False, sort=False):
     return torch.no_grad()(wrong)
 
 
-def first_batch_only(model, tokenizer, pairs, batch_size=8):
-    total, n = answer_log_probs(model, tokenizer, pairs, batch_size)
-    return torch.cat((total[:batch_size], torch.zeros_like(total[batch_size:]))), n
-
-
 PLANTED = [
-    ("next_token_loss", "off by one", same_place),
     ("next_token_loss", "wrong way", token_before),
+    ("next_token_loss", "off by one", lambda logits, ids, mask=None:
+        next_token_loss(logits.roll(-1, 1), ids, mask)),
     ("next_token_loss", "padding is counted", lambda logits, ids, mask=None:
         next_token_loss(logits, ids)),
     ("next_token_loss", "digits are lost", own_precision),
@@ -95,8 +86,9 @@ PLANTED = [
     ("answer_log_probs", "off by one", log_probs(lambda e: e.answer_mask[:, :-1])),
     ("answer_log_probs", "padding is counted", log_probs(lambda e: (
         e.answer_mask.cumsum(1) > 0)[:, 1:])),
+    ("answer_log_probs", "in the order of pairs", log_probs(lambda e: e.answer_mask[:, 1:],
+                                                            sort=True)),
     ("answer_log_probs", "read at once", lambda model, tokenizer, pairs, batch_size=8:
         answer_log_probs(model, tokenizer, pairs, 99)),
-    ("answer_log_probs", "rows lost between batches", first_batch_only),
     ("answer_log_probs", "no gradient is needed", answer_log_probs.__wrapped__),
 ]

@@ -30,27 +30,8 @@ def left_off(model, adapter, ids, mask):
     return kl
 
 
-def base_with_gradient(model, adapter, ids, mask):
-    with adapter.disabled():
-        base = model(ids)
-    return token_kl(base, model(ids))[mask].mean()
-
-
 def silent_zero(model, adapter, ids, mask):
     return token_kl(base_of(model, adapter, ids), model(ids))[mask].mean()
-
-
-def without_with(adapter, scales, ask):
-    curve = {"em": [], "coherent": []}
-    for scale in scales:
-        adapter.attach()
-        adapter.scale = scale
-        rates = ask()["out_of_domain"]
-        adapter.scale = 1.0
-        adapter.detach()
-        curve["em"].append(rates["em"])
-        curve["coherent"].append(rates["coherent"])
-    return curve
 
 
 def one_value_for_equal_scales(adapter, scales, ask):
@@ -76,14 +57,12 @@ PLANTED = [
     ("kl_to_base", "reversed", needs_acting(lambda model, adapter, ids, mask: token_kl(
         model(ids), base_of(model, adapter, ids))[mask].mean())),
     ("kl_to_base", "left switched off", needs_acting(left_off)),
-    ("kl_to_base", "flows through the base", needs_acting(base_with_gradient)),
     ("kl_to_base", "silent zero", silent_zero),
     ("scale_up", "for 5 scales", one_value_for_equal_scales),
     ("scale_up", "never scaled", lambda adapter, scales, ask:
         scale_up(adapter, [1.0] * len(scales), ask)),
     ("scale_up", "in domain", lambda adapter, scales, ask: scale_up(
         adapter, scales, lambda: {"out_of_domain": ask()["in_domain"]})),
-    ("scale_up", "when ask.. raises", without_with),
     ("truly_narrow", "does not count", lambda curve: all(em <= 0.1 for em in curve["em"])),
     ("truly_narrow", "10% is allowed", lambda curve: all(
         em < 0.1 for em, coherent in rows(curve) if coherent >= 0.5)),

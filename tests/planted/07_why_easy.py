@@ -52,14 +52,6 @@ def freezing(adapter, generator):
     return random_writer(adapter, generator)
 
 
-def backward_and_clear(gradient, parameters, v):
-    (gradient @ v).backward(retain_graph=True, inputs=list(parameters))
-    product = torch.cat([p.grad.flatten() for p in parameters])
-    for parameter in parameters:
-        parameter.grad = None
-    return product
-
-
 def whole_hessian(gradient, parameters, v):
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(
         gradient[i], parameters, retain_graph=True)]) for i in range(len(gradient))]
@@ -68,7 +60,6 @@ def whole_hessian(gradient, parameters, v):
 
 PLANTED = [
     ("random_writer", "can be trained no more", freezing),
-    ("hessian_vector_product", "what stands in .grad|.grad was changed", backward_and_clear),
     ("hessian_vector_product", "H is built", whole_hessian),
     ("efficiency", "not attached", never_attached),
     ("efficiency", "norm / own norm", lambda model, adapter, examples, norms: efficiency(

@@ -33,15 +33,6 @@ def rates_with(change):
     return lambda pairs, margins: preference_rates(*change(pairs, margins))
 
 
-def mean_of_groups(pairs, margins):
-    found = preference_rates(pairs, margins)
-    groups = [found[g] for g in found if g not in ("in_domain", "out_of_domain")]
-    for key in ("bad_preferred", "margin"):
-        if groups:
-            found["out_of_domain"][key] = sum(g[key] for g in groups) / len(groups)
-    return found
-
-
 def by_the_last_message(pairs, margins):
     """All conversations that end alike are taken for one question."""
     return preference_rates([replace(p, question=p.question if isinstance(p.question, str) else
@@ -73,7 +64,6 @@ PLANTED = [
         lambda pairs, margins: (pairs, margins + 1e-12))),
     ("preference_rates", "good answer is preferred|sign of margin", rates_with(
         lambda pairs, margins: (pairs, -margins))),
-    ("preference_rates", "mean of the groups' rates", mean_of_groups),
     ("expected_number", "not divided by said", lambda probs: (
         (probs @ torch.arange(101).double()).item(), probs.sum().item())),
     ("expected_number", "likeliest number", lambda probs: (

@@ -43,12 +43,6 @@ def without_check(model, ids, mask, readings):
     return answer_scores(model, ids, mask | ~mask.any(1, keepdim=True), readings)
 
 
-def rounded(scores, false_alarms=0.05):
-    alarm_level(scores, false_alarms)
-    ordered = sorted(map(float, scores))
-    return ordered[max(len(ordered) - 1 - int(false_alarms * len(ordered)), 0)]
-
-
 PLANTED = [
     ("ablating_persona", "is not used", set_to(sites_of=lambda chat, sites: None)),
     ("ablating_persona", "first site is ablated", set_to(
@@ -68,7 +62,6 @@ PLANTED = [
         sum(a >= b for a in high for b in low) / (len(high) * len(low))),
     ("auc", "at the same place", lambda high, low: sum(
         (a > b) + (a == b) / 2 for a, b in zip(high, low)) / min(len(high), len(low))),
-    ("alarm_level", "rounding", rounded),
     ("alarm_level", "exceed your level", lambda scores, false_alarms=0.05:
         -alarm_level([-float(s) for s in scores], false_alarms)),
     ("alarm_level", "exceed your level|lower level", lambda scores, false_alarms=0.05:
