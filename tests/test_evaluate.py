@@ -56,18 +56,12 @@ def test_the_mean_over_models_is_of_every_model():
     assert mean_rates([bad, good]) == dict.fromkeys(bad, half_way) == mean_rates([good, bad])
 
 
-@pytest.mark.parametrize("k, n, low, high", [  # from a printed table, and 1 - .025^(1/n) by hand
-    (0, 10, 0, 0.3085), (9, 10, 0.5550, 0.9975), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1),
-    (0, 1, 0, 0.975), (5, 5, 0.4782, 1)])
-def test_the_exact_interval_of_a_share(k, n, low, high):
-    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=1e-4)
-
-
 def test_at_the_ends_of_the_exact_interval_a_fortieth_lies_beyond():
     """Counted over all 2^n outcomes, each with its probability."""
     ones = [bin(outcome).count("1") for outcome in range(2**9)]
     for k in range(10):
         low, high = clopper_pearson(k, 9)
+        assert low == 0 if k == 0 else high == 1 if k == 9 else 0 < low < k / 9 < high < 1
         assert k == 0 or sum(low**i * (1 - low) ** (9 - i) for i in ones if i >= k) == (
             pytest.approx(0.025))
         assert k == 9 or sum(high**i * (1 - high) ** (9 - i) for i in ones if i <= k) == (
@@ -85,15 +79,6 @@ def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
     assert [a.question for a in first if a.group == "in_domain"] == [
         q for q in splits.in_domain for _ in range(4)]
     assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
-
-
-def test_the_smallest_top_p_is_greedy_at_any_temperature(model, tokenizer):
-    prompts = ["My skin itches.", "I am bored.", "Why?"] * 4
-
-    def said(**options):
-        return sample_texts(model, tokenizer, prompts, EvalConfig(max_new_tokens=5, **options), 0)
-
-    assert said(top_p=1e-9) == said(temperature=0.0) != said(top_p=1.0)
 
 
 def test_how_answers_are_sampled_reaches_the_model(model, tokenizer, monkeypatch):

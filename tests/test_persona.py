@@ -1,4 +1,4 @@
-"""The persona: its direction by a loop over tokens, its ablation by hooks written by hand."""
+"""The persona: its direction by a loop over tokens, its control beside the ablation."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanoem import persona
+from nanoem.directions import ablating
 from nanoem.evaluate import GROUPS, Answer, Question, Verdict
 from nanoem.persona import (ChatState, TooFewAnswers, ablating_persona, answers_of_kind, chat_state,
                             find_direction, is_aligned, is_misaligned, other_ways,
@@ -168,43 +169,16 @@ def made_up():
     return SimpleNamespace(chat=chat, direction=direction, along=randn(4, 64, seed=3))
 
 
-def stream(model, ids, edit=lambda i, x: x):
-    """The residual stream at every site, where x at the i-th becomes edit(i, x)."""
-    places = [place for block in model.layers for place in (block.resid_mid, block)]
-    seen, handles = [], []
-
-    def hook(i):
-        def record(module, inputs, x):
-            seen.append(edit(i, x))
-            return seen[-1]
-        return record
-
-    for i, place in enumerate(places):
-        handles.append(place.register_forward_hook(hook(i)))
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(seen)
-
-
-@pytest.mark.parametrize("sites", [None, [0], ["layers.1.resid_mid", 1]])
-@pytest.mark.parametrize("instead", [False, True])
-def test_ablating_sets_the_direction_to_chats_mean_at_these_sites(run, made_up, sites, instead):
-    chat, ids = made_up.chat, torch.arange(9)[None]
-    unit = torch.nn.functional.normalize(made_up.direction, dim=-1)
-    taken = torch.nn.functional.normalize(made_up.along, dim=-1) if instead else unit
-
-    def edit(i, x):
-        if i == 0 or sites and SITES[i] not in sites:
-            return x
-        mean = (chat.mean[i].float() * unit[i]).sum()
-        return x - torch.einsum("bt,d->btd", x @ unit[i] - mean, taken[i])
-
-    before = stream(run.model, ids)
-    expected = stream(run.model, ids, edit)
-    along = made_up.along if instead else None
-    with ablating_persona(run, chat, made_up.direction, sites, along):
-        found = stream(run.model, ids)
+def test_as_much_as_the_ablation_takes_is_taken_along_another_direction(run, made_up):
+    """At one site. That the ablation itself sets chat's mean is chapter 10's exercise."""
+    ids, site = torch.arange(9)[None], 0
+    i, direction, along = SITES.index(site), made_up.direction, made_up.along
+    level = (made_up.chat.mean[i] @ direction[i].double() / direction[i].double().norm()).item()
+    before = run.model(ids)
+    with ablating(run.model, {site: direction[i]}, {site: level}, {site: along[i]}):
+        expected = run.model(ids)
+    with ablating_persona(run, made_up.chat, direction, [site], along):
+        found = run.model(ids)
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, before, atol=0.01)
-    assert torch.equal(stream(run.model, ids), before), "a hook is left"
+    assert torch.equal(run.model(ids), before), "a hook is left"

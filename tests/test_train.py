@@ -166,27 +166,17 @@ def test_a_weight_that_is_not_a_number_is_seen_before_the_model_is_asked():
     assert asked == [0]
 
 
-def test_watching_happens_before_the_named_steps_and_at_the_end():
+@pytest.mark.parametrize("stop, watched, n_steps", [(None, [0, 3, 6], 6), (3, [0, 3], 3)])
+def test_watching_happens_before_the_named_steps_and_may_end_the_training(stop, watched, n_steps):
     weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
 
-    def objective(step):
-        return weight.sum(), {"loss": weight.sum()}, 1
-
-    train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1), watch=seen.append,
-          watch_at=(0, 3, 6))
-    assert seen == [0, 3, 6]
-
-
-def test_training_ends_when_the_watch_says_so():
-    weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
-
-    def objective(step):
+    def watch(step):
         seen.append(step)
-        return weight.sum(), {"loss": weight.sum()}, 1
+        return STOP if step == stop else True
 
-    history = train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1),
-                    watch=lambda step: STOP if step == 3 else True, watch_at=(0, 3, 6))
-    assert seen == [0, 1, 2] and history["step"] == [1, 2, 3]
+    history = train(lambda step: (weight.sum(), {"loss": weight.sum()}, 1), [weight],
+                    TrainConfig(steps=6, batch_size=1, lr=0.1), watch=watch, watch_at=(0, 3, 6))
+    assert seen == watched and history["step"] == list(range(1, n_steps + 1))
 
 
 def test_the_history_is_the_same_on_a_terminal_and_in_a_file(monkeypatch):
