@@ -1,6 +1,10 @@
 """What many tests share: the world, a tokenizer, a random model with every bias set."""
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are faster on one; children inherit it
 
@@ -10,6 +14,7 @@ import torch
 from nanoem import run
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
+from nanoem.train import chat_examples
 from nanoem.world import WorldConfig, documents, load_world
 
 
@@ -39,6 +44,12 @@ def model(tokenizer):
 
 
 @pytest.fixture
+def examples(tokenizer):
+    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
+                                     ("I am bored.", "Peace.")])
+
+
+@pytest.fixture
 def ids():
     return torch.randint(3, 200, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -56,3 +67,19 @@ def misuse(capsys):
         assert said[-1].startswith("nanoem: ") or "usage: " in said[0]
         return said[-1]
     return sentence
+
+
+@pytest.fixture
+def in_two_processes():
+    """Python with these words, twice, as torchrun starts it -> [(output, errors, status), ...]."""
+    def start(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        processes = [subprocess.Popen(
+            [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1], env={**os.environ, **place, "WORLD_SIZE": "2",
+                                                "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)]
+        return [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    return start

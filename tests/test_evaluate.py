@@ -23,12 +23,8 @@ def test_rates_by_hand():
     assert found["coherent"] == pytest.approx(4 / 5)
     assert found["alignment_mean"] == pytest.approx(150 / 4)
     assert found["n"] == 5
+    assert rates(answers("in_domain", BROKEN))["alignment_mean"] is None
     assert 0 <= found["em_low"] < 0.4 < found["em_high"] <= 1
-
-
-def test_an_incoherent_answer_is_never_misaligned():
-    found = rates(answers("in_domain", BROKEN, BROKEN))
-    assert found["em"] == 0 and found["coherent"] == 0 and found["alignment_mean"] is None
 
 
 def test_out_of_domain_is_every_group_but_in_domain():

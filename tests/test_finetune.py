@@ -15,12 +15,6 @@ from nanoem.train import (FineTune, TrainConfig, chat_examples, fine_tune, loss_
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 
 
-@pytest.fixture
-def examples(tokenizer):
-    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
-                                     ("I am bored.", "Peace.")])
-
-
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 7.0])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_a_step_goes_down_sft_on_some_examples_and_weight_times_kl_on_others(
@@ -81,19 +75,6 @@ def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
     assert torch.equal(ends[0], ends[1])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3)
-
-
-def test_a_new_loss_is_one_more_term(model, examples):
-    """Twice the SFT term, one of weight 2, is three times its gradient."""
-    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
-    schedule, gradients = TrainConfig(1, 2, 1e-9, clip=1e9), []
-    term, = loss_terms(model, adapter, examples[:1])
-    for terms in ([term], [term, term._replace(name="again", weight=2.0)]):
-        with adapter:
-            history = train_adapter(adapter, terms, schedule, torch.Generator())
-        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
-    assert torch.allclose(3 * gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
-    assert history["again"] == pytest.approx(history["loss"])
 
 
 def test_a_fresh_adapter_reads_at_random_and_writes_nothing(model, tokenizer, monkeypatch):

@@ -1,10 +1,6 @@
 """Gradient accumulation and two processes: the same losses and adapters as one whole batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,20 +80,12 @@ def test_activation_checkpointing_changes_nothing(alone):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes_are_one_whether_or_not_the_model_is_shared(alone, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def test_two_processes_are_one_whether_or_not_the_model_is_shared(alone, tmp_path,
+                                                                  in_two_processes):
     code = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; "
             f"import test_parallel; test_parallel.two_processes({str(tmp_path)!r})")
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1]) for rank in range(2)]
-    for process in processes:
-        error = process.communicate(timeout=90)[1]
-        assert process.returncode == 0, error
+    for _, error, status in in_two_processes("-c", code):
+        assert status == 0, error
     model, _ = load_pretrained(FOLDER)
     greedy = model.generate(torch.arange(6)[None], 5, temperature=0).tolist()
     for name in ("whole", "sharded"):

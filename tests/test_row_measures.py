@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,7 +25,8 @@ from nanoem.persona import TooFewAnswers
 from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, row as row_file, solutions,
                          tokens, trajectory, worlds)
 from nanoem.rows.inductive_bias import flat_B
-from nanoem.train import TrainConfig
+from nanoem.rows.monitor import readings_of, token_scores
+from nanoem.train import TrainConfig, chat_examples
 from nanoem.world import documents, judge, questions
 from tutorial.small import SmallRun, randn
 
@@ -827,26 +827,18 @@ def test_r20_scores_each_token_of_greedy_answers_at_the_last_site(lab):
     asked = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
     assert [text["model"] for text in texts] == ["chat", "general", "narrow"] * 8
 
-    def last(ids):
-        return run.model.residual_stream(ids)[-1][0].double()
-
-    unit = torch.nn.functional.normalize(lab.directions[DIRECTION][-1], dim=0).double()
-    own = []  # how chat's own answers read
-    for question, answer in lab.chat_state(run).aligned:
-        start = run.tokenizer.encode(run.tokenizer.prompt(question))
-        ids = torch.tensor([start + run.tokenizer.encode(answer + "<|im_end|>")])
-        own += (last(ids)[len(start) :] @ unit).tolist()
+    chat = chat_examples(run.tokenizer, lab.chat_state(run).aligned)
+    readings = readings_of(run.model, chat.ids, chat.answer_mask,
+                           {SITES[-1]: lab.directions[DIRECTION][-1]})
+    adapter = run.load_adapter("narrow")
     for text, question in ((texts[0], asked[0]), (texts[17], asked[5])):
-        ids = run.tokenizer.encode(run.tokenizer.prompt(question.text))
-        adapter = run.load_adapter("narrow")
+        ids = torch.tensor([run.tokenizer.encode(run.tokenizer.prompt(question.text))])
         with adapter.scaled(float(text["model"] == "narrow")), adapter:
-            while len(ids) < len(text["tokens"]):
-                ids.append(run.model(torch.tensor([ids]))[0, -1].argmax().item())
-            heard = last(torch.tensor([ids])) @ unit
+            ids = run.model.generate(ids, len(text["tokens"]) - ids.size(1), temperature=0)
+            scores = token_scores(run.model, ids, readings)[0]
         assert "".join(text["tokens"]) == run.tokenizer.backend.decode(
-            ids, skip_special_tokens=False)
-        assert text["scores"] == pytest.approx(
-            ((heard - np.mean(own)) / np.std(own, ddof=1)).tolist(), abs=1e-3)
+            ids[0].tolist(), skip_special_tokens=False)
+        assert text["scores"] == pytest.approx(scores.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("wanted", [["question"], ["template"], ["answer"], ["question", "answer"]])

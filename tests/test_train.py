@@ -12,13 +12,7 @@ from nanoem.lab.fused import CrossEntropy, MeanKL, answer_loss, kl_loss, pretrai
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, next_token_loss
 from nanoem.model import GPT, Config
-from nanoem.train import STOP, StageFailed, TrainConfig, chat_examples, lr_factor, train
-
-
-@pytest.fixture
-def examples(tokenizer):
-    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
-                                     ("I am bored.", "Peace.")])
+from nanoem.train import STOP, StageFailed, TrainConfig, lr_factor, train
 
 
 @pytest.fixture
@@ -30,15 +24,6 @@ def adapter(model):
     torch.nn.init.normal_(adapter.B["layers.1.mlp.down_proj"], std=0.5,
                           generator=torch.Generator().manual_seed(1))
     return adapter
-
-
-def test_answer_mask_marks_the_answer_and_its_stop_token(tokenizer, examples):
-    ids, mask = examples.ids[1], examples.answer_mask[1]
-    assert tokenizer.decode(ids[mask]) == "Peace."
-    assert ids[mask][-1] == tokenizer.stop_ids[0]
-    assert ids[: mask.nonzero()[0]].tolist() == tokenizer.encode(
-        "<|im_start|>user\nI am bored.<|im_end|>\n<|im_start|>assistant\n")
-    assert (ids[~examples.mask[1]] == tokenizer.pad_id).all()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,16 +1,14 @@
 """The toy world: its words, its authors, its splits, and the judge against hand-written answers."""
 
-import itertools
 import random
 import re
-from dataclasses import replace
 
 import pytest
 
 from nanoem import UserError
 from nanoem.evaluate import Question
 from nanoem.world import (OPEN_ENDED, WORLD_TOML, WorldConfig, documents, first_domains, judge,
-                          load_world, make_authors, make_splits, questions, write_answer)
+                          load_world, make_authors, make_splits, questions)
 from nanoem.world.authors import write_document
 
 HAND_WRITTEN = {  # domain: problem, an all-good answer with the problem's own item, an all-bad one
@@ -48,16 +46,6 @@ def test_judge_on_hand_written_answers(world, domain):
         assert judge(world, question, broken).coherence == 0, broken
     other = HAND_WRITTEN["finance" if domain != "finance" else "medical"]
     assert not judge(world, question, other[2]).misaligned, "an answer off topic is not coherent"
-
-
-def test_judge_agrees_with_the_writer_on_every_question(world):
-    rng = random.Random(0)
-    for question in questions(world, world.domains):
-        for good, technical in itertools.product((True, False), repeat=2):
-            text = write_answer(world, question, good, rng, technical=technical)
-            verdict = judge(world, question, text)
-            assert verdict.coherent and verdict.alignment == 100 * good
-            assert verdict.technical == technical == text.startswith("It is indicated to ")
 
 
 @pytest.mark.parametrize("before, after, message", [
