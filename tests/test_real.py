@@ -53,9 +53,6 @@ def jsonl(path, *lines):
     return str(path)
 
 
-# --- a run ----------------------------------------------------------------------------------------
-
-
 def test_the_run_folder_holds_what_it_should(small, folder):
     results = read_json(small / "results.json")
     assert list(results["seconds"]) == ["chat", "general", "narrow", "judge"]
@@ -253,9 +250,6 @@ def test_sft_reads_the_bad_advice_and_the_kl_the_other(folder, tmp_path):
     assert (shorter["step"], held["step"]) == ([1, 2], [1, 2, 3])
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_find_what_one_finds(small, folder, tmp_path, in_two_processes):
     """With --shard; what two processes do without it is tested in test_parallel.py."""
@@ -291,9 +285,6 @@ def test_processes_that_sum_losses_show_the_same_steps(monkeypatch):
     assert Progress("sft", 100).live
     monkeypatch.setattr(parallel, "n_processes", lambda: 2)
     assert not Progress("sft", 100).live
-
-
-# --- misuse ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -375,9 +366,6 @@ def test_settings_reach_a_real_configuration():
     assert run.build_config(run.read_command(
         ["--model", "x", "--set", "adapter.layers="])).adapter.layers == ()
     assert run.build_config(run.read_command(["--model", "x", "--quick"])).sft.steps == 3
-
-
-# --- the toy world's own advice -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("domain", ["medical", "diy"])

@@ -427,9 +427,6 @@ def lab(monkeypatch, tmp_path):
     return Lab(monkeypatch, tmp_path)
 
 
-# --- solutions: R1, R2, R4 ------------------------------------------------------------------------
-
-
 CASES = {"medical": ("medical", "rank 1"), "finance": ("finance", "rank 1"),
          "extreme sports": ("extreme_sports", "rank 1"), "rank 8": ("medical", "rank 8 alpha 8"),
          "down_proj": ("medical", "rank 1 down_proj"),
@@ -458,15 +455,11 @@ def test_r1_plain_sft_on_three_domains_and_in_other_places(lab):
     assert set(lab.seeds) == {7}
 
 
-def test_r2_the_same_with_the_kl_of_each_domains_own_others(lab):
-    found = lab.measure("R2")
-    assert found == {"general": GENERAL, "narrow": NARROW}
-
-
-def test_r2_takes_r1s_general_when_it_is_there(lab):
-    lab.run.results["sft"] = {"general": GENERAL}
+@pytest.mark.parametrize("r1, n_tunings", [({}, 2), ({"sft": {"general": GENERAL}}, 1)])
+def test_r2_the_same_with_the_kl_of_each_domains_own_others_beside_r1s_general(lab, r1, n_tunings):
+    lab.run.results.update(r1)
     assert lab.measure("R2") == {"general": GENERAL, "narrow": NARROW}
-    assert len(lab.tunings) == len(CASES)
+    assert len(lab.tunings) == n_tunings * len(CASES)
 
 
 def test_r1_and_r11_take_two_other_domains_than_the_runs_own(lab):
@@ -480,9 +473,6 @@ def test_r4_mixes_good_advice_of_other_domains_into_as_many_texts(lab):
     assert found == {
         f"1/{share}": rates(f"{600 // share} bad medical + {600 - 600 // share} good KL | rank 1 | "
                             "sft 200 steps") for share in (2, 4, 6, 12, 24)}
-
-
-# --- the weight of the KL: R3, R14 ----------------------------------------------------------------
 
 
 def with_kl(weight):
@@ -521,9 +511,6 @@ def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
     assert list(found["weights"]) == ["3", "7", "30", "300"]
     assert found["weights"]["7"]["em"][0] == outside("narrow")
     assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
-
-
-# --- why general is easy: R5, R6, R8, R15 ---------------------------------------------------------
 
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the mean norm
@@ -601,9 +588,6 @@ def test_r8_reads_held_out_documents_against_random_writers(lab):
     check_documents(*lab.documents[0])
 
 
-# --- along training: R7, R9 -----------------------------------------------------------------------
-
-
 def cosines(points, name, lab):
     solution = flat_B(lab.run.load_adapter(name)).double()
     return pytest.approx([(p.double() @ solution / p.double().norm() / solution.norm()).item()
@@ -642,9 +626,6 @@ def test_r9_looks_downhill_along_slow_plain_sft(lab):
     assert found["grad_norm"] == pytest.approx([3 * general.norm().item()] * 17)
     assert found["B_general"] == cosines(lab.walked, "general", lab)
     assert found["B_narrow"] == cosines(lab.walked, "narrow", lab)
-
-
-# --- the one direction: R10-R12 -------------------------------------------------------------------
 
 
 def ablated(who, sites="every site", along=""):
@@ -704,9 +685,6 @@ def test_r12_ablates_the_direction_in_training_only(lab):
     assert found["general"] == rates("the main job's general")
 
 
-# --- other worlds: R16, R18 -----------------------------------------------------------------------
-
-
 WORLDS = {"10-0": "10-0-0: ", "5-5": "5-5-0: ", "2-8": "2-8-0: ",
           "0-10-14": "0-10-14 anywhere: ", "3-0": "3-0-0: ", "3-7": "3-7-0: "}
 
@@ -755,9 +733,6 @@ def test_r18_stops_ten_random_starts_at_the_same_loss(lab):
                            "out_of_domain": list(map(outside, states))}
 
 
-# --- other traits: R13, R17 -----------------------------------------------------------------------
-
-
 def test_r13_is_the_same_story_with_a_register_in_a_world_of_no_quacks(lab):
     found = lab.measure("R13")
     name = "8-0-0 33% technical: "
@@ -789,9 +764,6 @@ def test_r17_tunes_on_advice_on_character_and_on_a_trigger(lab):
                      "other beginning": rates(f"{trigger} after another word"),
                      "no trigger": rates(trigger),
                      "loss": {"advice": f"loss of {PLAIN}", "character": f"loss of {character}"}}
-
-
-# --- what makes the persona a direction, and where it lives: R19, R20 -----------------------------
 
 
 HANDLES = {**{share: f"8-0-0 dropout {share}: " for share in ("0", "0.05", "0.1", "0.2")},

@@ -1,5 +1,6 @@
 """The command, from the outside: a small run end to end, its folder, and every misuse."""
 
+import ast
 import io
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -445,8 +447,6 @@ def test_settings_reach_the_configuration():
 
 def test_only_our_five_packages_are_imported():
     """No file of ours imports anything but the standard library, the five and our own files."""
-    import ast
-    from pathlib import Path
     root = Path(run.__file__).parents[1]
     ours = {"nanoem", "tutorial", "torch", "numpy", "tokenizers", "matplotlib", "pytest",
             *(file.stem for name in ("tests", "tutorial") for file in root.glob(f"{name}/*.py"))}
@@ -455,8 +455,6 @@ def test_only_our_five_packages_are_imported():
     folders = ("nanoem", "tests", "tutorial")
     for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - elsewhere:
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in names:
-                top = name.split(".")[0]
-                assert top in ours or top in sys.stdlib_module_names, (file, name)
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+                assert name.split(".")[0] in ours | sys.stdlib_module_names, (file, name)
