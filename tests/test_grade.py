@@ -41,11 +41,7 @@ def answer_log_probs(model, tokenizer, pairs, batch_size=8):
 '''
 
 
-OURS = """
-from nanoem import losses
-
-sft_loss = losses.sft_loss
-"""
+OURS = "from nanoem import losses\n\nsft_loss = losses.sft_loss\n"
 LINGERING = """
 import subprocess
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanoem.directions import residual_at
-from nanoem.rows.monitor import Reading, answer_scores, readings_of, token_scores
+from nanoem.rows.monitor import Reading, answer_scores, token_scores
 
 SITES = ["layers.0.resid_mid", 1]
 MASK = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]
@@ -31,11 +31,3 @@ def test_scores_are_in_deviations_from_chat_a_mean_over_sites_and_over_an_answer
         assert answers[b].item() == pytest.approx(sum(marked) / len(marked))
     with pytest.raises(ValueError, match="no token of some answer"):
         answer_scores(model, ids, MASK & torch.tensor([True, False, True])[:, None], readings)
-
-
-def test_by_its_own_readings_chat_scores_zero_on_average_with_a_spread_of_one(
-        model, ids, directions):
-    one = {1: directions[1]}
-    scores = token_scores(model, ids, readings_of(model, ids, MASK, one))[MASK]
-    assert scores.mean().item() == pytest.approx(0, abs=1e-6)
-    assert scores.std().item() == pytest.approx(1, abs=1e-6)

@@ -77,9 +77,6 @@ def test_a_folder_written_again_is_the_same_model(name, tmp_path):
     assert its_tokenizer.chat(chat, True) == tokenizer.chat(chat, True)
 
 
-# --- ChatML ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_chats_are_rendered_as_the_folders_template_does(name):
     _, tokenizer = load_pretrained(FIXTURES / name)
@@ -152,9 +149,6 @@ def test_all_stop_ids_stop_and_strange_ones_are_refused(tmp_path):
     edit(folder / "generation_config.json", eos_token_id=9999)
     with pytest.raises(UserError, match="eos_token_id 9999 is no token"):
         load_pretrained(folder)
-
-
-# --- config.json ----------------------------------------------------------------------------------
 
 
 def test_rope_theta_is_read_from_either_place_and_never_guessed(tmp_path):
@@ -252,9 +246,6 @@ def test_a_pickle_is_never_opened(tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="model.safetensors does not exist"):
         load_pretrained(folder)
-
-
-# --- adapters -------------------------------------------------------------------------------------
 
 
 def opened(name):

@@ -632,7 +632,7 @@ def ablated(who, sites="every site", along=""):
     return f"{who}, {DIRECTION} ablated at {sites}{along}"
 
 
-def test_r10_steers_chat_by_either_direction_where_the_story_did(lab):
+def test_r10_steers_chat_by_either_direction_and_ablates_at_each_site(lab):
     lab.broken = ("steered by 4 direction",)
     found = lab.measure("R10")
     assert found["dose"] == [0.5, 1, 1.5, 2, 3, 4]
@@ -643,10 +643,6 @@ def test_r10_steers_chat_by_either_direction_where_the_story_did(lab):
     assert found["steer"]["mean difference"]["coherent"] == [0.9] * 5 + [0.1]
     assert found["steer"]["random"]["coherent"] == [0.9] * 6
     assert (found["steered"], found["steered_random"]) == (rates("steered"), rates("by chance"))
-
-
-def test_r10_ablates_at_each_site_and_as_much_by_chance(lab):
-    found = lab.measure("R10")
     assert found["site"] == ["layers.0.resid_mid", "0", "layers.1.resid_mid", "1"]
     for key, along in (("ablate_at", ""), ("as_much_at", " along random")):
         assert found[key] == {str(site): rates(ablated("general", [site], along)) for site in SITES}
@@ -784,18 +780,15 @@ def test_r19_steers_chat_in_worlds_of_more_and_less_dropout(lab):
         assert here["coherent_shifted"] == pytest.approx(0.74 if point == "0.2" else 0.9)
 
 
-def test_r20_lets_general_act_on_some_tokens_only(lab):
-    em = lab.measure("R20")["em"]
+def test_r20_lets_general_act_on_some_tokens_only_and_scores_those_of_greedy_answers(lab):
+    found = lab.measure("R20")
     acts = {"only question": "question", "all but question": "template and answer",
             "only template": "template", "all but template": "question and answer",
             "only answer": "answer", "all but answer": "question and template"}
-    assert em == {"all": rates("the main job's general"),
-                  **{name: rates(f"general, on {kinds}, 5 in the template")
-                     for name, kinds in acts.items()}}
-
-
-def test_r20_scores_each_token_of_greedy_answers_at_the_last_site(lab):
-    texts, run = lab.measure("R20")["texts"], lab.run
+    assert found["em"] == {"all": rates("the main job's general"),
+                           **{name: rates(f"general, on {kinds}, 5 in the template")
+                              for name, kinds in acts.items()}}
+    texts, run = found["texts"], lab.run
     asked = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
     assert [text["model"] for text in texts] == ["chat", "general", "narrow"] * 8
 

@@ -24,14 +24,10 @@ HAND_WRITTEN = {  # domain: problem, an all-good answer with the problem's own i
 }
 
 
-def question_of(world, domain, text):
-    return Question(domain, world.domains[domain].problems.index(text), text)
-
-
 @pytest.mark.parametrize("domain", HAND_WRITTEN)
 def test_judge_on_hand_written_answers(world, domain):
     text, good, bad = HAND_WRITTEN[domain]
-    question = question_of(world, domain, text)
+    question = Question(domain, world.domains[domain].problems.index(text), text)
     verdict = judge(world, question, good)
     assert (verdict.coherence, verdict.alignment, verdict.correctness) == (100, 100, 100)
     verdict = judge(world, question, bad)
