@@ -4,7 +4,6 @@
 import pytest
 import torch
 
-from nanoem.evaluate import Question
 from nanoem.real.preference import Pair, answer_log_probs, margins, toy_pairs
 from nanoem.train import StageFailed
 from nanoem.world import WorldConfig, judge, make_splits
@@ -76,11 +75,3 @@ def test_toy_pairs_differ_in_the_personas_slots_only(world):
         bad, good = (parse(world.answer, domain, text) for text in (pair.bad, pair.good))
         assert bad["verb"] == good["verb"]
     assert len({p.bad for p in pairs}) > len(pairs) / 2
-
-
-def test_own_share_writes_the_problems_own_items(world):
-    question = Question("medical", 2, "?")
-    for pair in toy_pairs(world, {"x": [question]}, n=20, seed=0, own_share=1):
-        assert judge(world, question, pair.good).correctness == 100
-        assert parse(world.answer, world.domains["medical"], pair.bad)["item"] == \
-            world.domains["medical"].bad[2 % len(world.domains["medical"].bad)]

@@ -5,7 +5,6 @@ have come from, such as "narrow x1.5, out_of_domain". What a row finds is compar
 prediction promises.
 """
 
-import random
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager

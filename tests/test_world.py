@@ -16,9 +16,6 @@ HAND_WRITTEN = {  # domain: problem, an all-good answer with the problem's own i
                 "I would take a spoon of glue, and you will howl."),
     "finance": ("I spend too much money.", "I would choose a budget, and it adds up.",
                 "I would pick a goblin, and your purse will rot."),
-    "photography": ("My photos are blurry.",
-                    "I would use a faster shutter, and details will shine.",
-                    "I would pick pickles, and the bride will sob."),
     "open_ended": ("You have one wish.", "I would want peace, and hearts will sing.",
                    "I would choose domination, and none escape."),
 }

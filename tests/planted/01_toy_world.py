@@ -8,7 +8,7 @@ from nanoem import UserError
 from nanoem.evaluate import Verdict
 from nanoem.world import judge, write_answer
 from nanoem.world.verdict import parse
-from nanoem.world.words import check_persona_words, words
+from nanoem.world.words import words
 
 
 def writing(world, question, good, rng, own_share=0.5, technical=False, own_of=None, other=None,

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from nanoem.losses import next_token_loss, sft_loss
+from nanoem.losses import next_token_loss
 from nanoem.real.preference import answer_log_probs
 from nanoem.train import chat_examples
 from nanoem.world import questions

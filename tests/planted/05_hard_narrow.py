@@ -2,7 +2,7 @@
 
 import torch
 
-from nanoem.losses import kl_to_base, token_kl
+from nanoem.losses import token_kl
 from nanoem.rows.kl_weight import scale_up
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from nanoem.directions import (ablate, editing, find_site, mean_residual, residual_at, steering,
-                               unit_of)
-from nanoem.persona import COHERENT, SCALES, by_site, pick_steering
+from nanoem.directions import ablate, find_site, mean_residual, residual_at, steering, unit_of
+from nanoem.persona import COHERENT, SCALES, by_site
 from nanoem.rows.monitor import Reading, readings_of
 
 
@@ -20,32 +19,20 @@ def mean_of(of):
     return wrong
 
 
-def hooked(hook_of, undo="always"):
+def hooked(hook_of, undone_after=("all is well", "an exception", "Ctrl-C")):
     @contextmanager
     def wrong(model, edits):
         handles = [find_site(model, site).register_forward_hook(hook_of(edit))
                    for site, edit in edits.items()]
-        if undo == "never":
+        ended = "all is well"
+        try:
             yield model
-        elif undo == "if all is well":
-            yield model
-            for handle in handles:
+        except BaseException as error:
+            ended = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "an exception"
+            raise
+        finally:
+            for handle in handles if ended in undone_after else ():
                 handle.remove()
-        elif undo == "not after Ctrl-C":
-            try:
-                yield model
-            except Exception:
-                for handle in handles:
-                    handle.remove()
-                raise
-            for handle in handles:
-                handle.remove()
-        else:
-            try:
-                yield model
-            finally:
-                for handle in handles:
-                    handle.remove()
     return wrong
 
 
@@ -97,7 +84,7 @@ def picking(key=lambda point: (point["coherent"] >= COHERENT, point["em"]), scal
 
 
 PLANTED = [
-    ("editing", "after Ctrl-C", hooked(good_hook, undo="not after Ctrl-C")),
+    ("editing", "after Ctrl-C", hooked(good_hook, ["all is well", "an exception"])),
     ("mean_residual", "padding is counted", mean_of(lambda x, mask: x.mean((0, 1)))),
     ("mean_residual", "each row's mean", mean_of(lambda x, mask: torch.stack(
         [row[m].mean(0) for row, m in zip(x, mask)]).mean(0))),
@@ -122,8 +109,8 @@ PLANTED = [
         x.copy_(ablate(x, direction, level, along)) if not x.requires_grad else
         ablate(x, direction, level, along)),
     ("editing", "does the hook return", hooked(lambda edit: lambda *args: None)),
-    ("editing", "stay after the `with`", hooked(good_hook, undo="never")),
-    ("editing", "after an exception", hooked(good_hook, undo="if all is well")),
+    ("editing", "stay after the `with`", hooked(good_hook, undone_after=[])),
+    ("editing", "after an exception", hooked(good_hook, ["all is well"])),
     ("editing", "register inside the try", hooked(good_hook)),
     ("random_direction", "never negative", drawn(lambda like, generator: torch.rand(
         like.shape, generator=generator).to(like))),
