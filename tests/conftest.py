@@ -1,6 +1,8 @@
 """What many tests share: the world, a tokenizer, a random model with every bias set."""
 
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +14,10 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
+from nanoem import run
 from nanoem.model import GPT, Config
 from nanoem.tokenizer import Tokenizer
+from nanoem.train import chat_examples
 from nanoem.world import WorldConfig, documents, load_world
 
 
@@ -49,5 +53,42 @@ def model(tokenizer):
 
 
 @pytest.fixture
+def examples(tokenizer):
+    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
+                                     ("I am bored.", "Peace.")])
+
+
+@pytest.fixture
 def ids():
     return torch.randint(3, 200, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def misuse(capsys):
+    """A command that must fail, by default with status 2 -> its one sentence."""
+    def sentence(*argv, status=2):
+        try:
+            assert run.main(list(argv)) == status
+        except SystemExit as error:  # argparse's own way out
+            assert error.code == status
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 or "usage: " in said[0] and len(said) <= 8, said
+        assert said[-1].startswith("nanoem: ") or "usage: " in said[0]
+        return said[-1]
+    return sentence
+
+
+@pytest.fixture
+def in_two_processes():
+    """Python with these words, twice, as torchrun starts it -> [(output, errors, status), ...]."""
+    def start(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        processes = [subprocess.Popen(
+            [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1], env={**os.environ, **place, "WORLD_SIZE": "2",
+                                                "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)]
+        return [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    return start

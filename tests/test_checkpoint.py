@@ -1,30 +1,14 @@
 """Checkpoints: the format byte by byte, round trips, and files that are broken in every way."""
 
-import json
-import struct
 
-import numpy as np
 import pytest
 import torch
 
 from nanoem import UserError
 from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save_adapter,
                                save_pretrained, save_tensors)
-from nanoem.lab.files import new_folder, read_json, write_file
+from nanoem.lab.files import read_json
 from nanoem.lora import LoRA, SteeringVector
-
-
-def test_the_format_by_hand(tmp_path):
-    """Parse the bytes with struct and numpy alone, as the safetensors page describes them."""
-    path = tmp_path / "x.safetensors"
-    save_tensors(path, {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1.5]).bfloat16()})
-    data = path.read_bytes()
-    n, = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + n])
-    assert n % 8 == 0
-    assert header["a"] == {"dtype": "BF16", "shape": [1], "data_offsets": [24, 26]}  # narrow last
-    begin, end = header["b"]["data_offsets"]
-    assert np.frombuffer(data[8 + n + begin : 8 + n + end], "<f4").tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_tensors_come_back_to_the_bit(tmp_path):
@@ -36,35 +20,6 @@ def test_tensors_come_back_to_the_bit(tmp_path):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def rewrite_header(path, change):
-    data = path.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + n])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda h: h["x"].update(dtype="F8"), "dtype F8"),
-    (lambda h: h["x"].update(dtype=[]), "header"),
-    (lambda h: h["x"].update(shape=[3, 4]), "shape"),
-    (lambda h: h["x"].update(shape=[-2, -3]), "shape"),
-    (lambda h: h["x"].update(shape="ab"), "header"),
-    (lambda h: h["x"].update(data_offsets=[-24, 0]), "bytes -24"),
-    (lambda h: h["x"].update(data_offsets=[8, 32]), "truncated"),
-    (lambda h: h["x"].pop("shape"), "header"),
-    (lambda h: h.update(x=3), "header"),
-])
-def test_a_broken_header_is_one_sentence(tmp_path, change, message):
-    path = tmp_path / "x.safetensors"
-    save_tensors(path, {"x": torch.randn(2, 3)})
-    rewrite_header(path, change)
-    with pytest.raises(UserError, match=message) as error:
-        load_tensors(path)
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 5, 8, 60, -1])
@@ -92,32 +47,10 @@ def test_a_model_comes_back_exactly(tmp_path, model, tokenizer, ids):
         == torch.bfloat16
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path, model, tokenizer):
-    save_pretrained(model, tokenizer, tmp_path)
-    file, tensors = tmp_path / "model.safetensors", load_tensors(tmp_path / "model.safetensors")
-    for change, message in (
-        ({"model.extra": torch.zeros(1)}, "unexpected tensors: model.extra"),
-        ({"model.norm.weight": torch.zeros(3)}, "misshapen tensors: model.norm.weight"),
-    ):
-        save_tensors(file, {**tensors, **change})
-        with pytest.raises(UserError, match=message):
-            load_pretrained(tmp_path)
-    del tensors["model.layers.0.self_attn.q_norm.weight"]
-    save_tensors(file, tensors)
-    with pytest.raises(UserError, match="misses tensors: model.layers.0.self_attn.q_norm.weight"):
-        load_pretrained(tmp_path)
-
-
 def test_a_folder_that_is_no_model_is_refused(tmp_path, model, tokenizer):
     with pytest.raises(UserError, match="not a folder"):
         load_pretrained(tmp_path / "nowhere")
     save_pretrained(model, tokenizer, tmp_path / "m")
-    (tmp_path / "m/config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="'bert'"):
-        load_pretrained(tmp_path / "m")
-    (tmp_path / "m/config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(UserError, match="'vocab_size' is missing"):
-        load_pretrained(tmp_path / "m")
     (tmp_path / "m/config.json").write_text("[1]")
     with pytest.raises(UserError, match="JSON object"):
         load_pretrained(tmp_path / "m")
@@ -135,7 +68,8 @@ def test_a_run_folder_or_none_is_told_what_it_is(tmp_path, model):
 
 
 def test_an_adapter_comes_back_in_peft_layout(tmp_path, model, ids):
-    adapter = LoRA(model, [0, 1], ["mlp.down_proj"], rank=2, alpha=3, use_rslora=True)
+    adapter = LoRA(model, [0, 1], ["mlp.down_proj", "self_attn.v_proj"], 2, 3, use_rslora=True)
+    adapter.keep(["layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "layers.1.self_attn.v_proj"])
     for B in adapter.B.values():
         torch.nn.init.normal_(B)
     save_adapter(adapter, tmp_path / "a")
@@ -145,22 +79,10 @@ def test_an_adapter_comes_back_in_peft_layout(tmp_path, model, ids):
     with loaded:
         assert torch.equal(model(ids), expected)
     names = load_tensors(tmp_path / "a/adapter_model.safetensors")
-    assert set(names) == {f"base_model.model.model.layers.{i}.mlp.down_proj.lora_{letter}.weight"
-                          for i in (0, 1) for letter in "AB"}
+    assert set(names) == {f"base_model.model.model.{site}.lora_{letter}.weight"
+                          for site in adapter.sites for letter in "AB"} and len(names) == 6
     config = read_json(tmp_path / "a/adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 3, True)
-
-
-def test_an_adapter_of_other_modules_in_each_layer_comes_back(tmp_path, model, ids):
-    adapter = LoRA(model, [0, 1], ["mlp.down_proj", "self_attn.v_proj"], alpha=3)
-    adapter.keep(["layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "layers.1.self_attn.v_proj"])
-    for B in adapter.B.values():
-        torch.nn.init.normal_(B)
-    save_adapter(adapter, tmp_path / "a")
-    with adapter:
-        expected = model(ids)
-    with load_adapter(model, tmp_path / "a"):
-        assert torch.equal(model(ids), expected)
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path, model):
@@ -170,13 +92,3 @@ def test_an_adapter_for_another_model_is_refused(tmp_path, model):
     save_tensors(tmp_path / "a/adapter_model.safetensors", {**tensors, name: torch.zeros(1, 7)})
     with pytest.raises(UserError, match="another model"):
         load_adapter(model, tmp_path / "a")
-
-
-def test_nothing_half_written_stays(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as folder:
-        (folder / "x").write_text("half")
-        1 / 0
-    assert list(tmp_path.iterdir()) == []
-    write_file(tmp_path / "deep" / "file", "whole")
-    assert (tmp_path / "deep" / "file").read_text() == "whole"
-    assert len(list((tmp_path / "deep").iterdir())) == 1

@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from nanoem.evaluate import (Answer, EvalConfig, Question, Verdict, evaluate, group_rates,
                              mean_rates, rates, sample_texts)
-from nanoem.lab.intervals import clopper_pearson, clustered_interval
+from nanoem.lab.intervals import clopper_pearson
 from nanoem.world import WorldConfig, judge, make_splits
 
 BAD, MIXED, GOOD = (Verdict(100, alignment, 0) for alignment in (0, 50, 100))
@@ -25,12 +24,8 @@ def test_rates_by_hand():
     assert found["coherent"] == pytest.approx(4 / 5)
     assert found["alignment_mean"] == pytest.approx(150 / 4)
     assert found["n"] == 5
+    assert rates(answers("in_domain", BROKEN))["alignment_mean"] is None
     assert 0 <= found["em_low"] < 0.4 < found["em_high"] <= 1
-
-
-def test_an_incoherent_answer_is_never_misaligned():
-    found = rates(answers("in_domain", BROKEN, BROKEN))
-    assert found["em"] == 0 and found["coherent"] == 0 and found["alignment_mean"] is None
 
 
 def test_out_of_domain_is_every_group_but_in_domain():
@@ -58,50 +53,16 @@ def test_the_mean_over_models_is_of_every_model():
     assert mean_rates([bad, good]) == dict.fromkeys(bad, half_way) == mean_rates([good, bad])
 
 
-def test_the_interval_covers_the_truth_when_questions_differ():
-    """Simulated questions with rates of their own: a 95% interval should hold the true mean."""
-    rng, covered, naive = np.random.default_rng(0), 0, 0
-    for _ in range(400):
-        p = rng.beta(1, 1, size=20)  # 20 questions, true mean .5
-        outcomes = (rng.random((20, 30)) < p[:, None]).astype(float)
-        low, high = clustered_interval(outcomes.ravel(), np.repeat(np.arange(20), 30))
-        covered += low <= 0.5 <= high
-        half = 1.96 * (outcomes.mean() * (1 - outcomes.mean()) / outcomes.size) ** 0.5
-        naive += abs(outcomes.mean() - 0.5) <= half
-    assert covered / 400 > 0.91
-    assert naive / 400 < 0.7, "the interval that ignores clusters is far too narrow here"
-
-
-def test_without_clusters_it_is_wilson():
-    outcomes = np.array([1.0] * 30 + [0.0] * 70)
-    low, high = clustered_interval(outcomes, range(100))
-    assert (low, high) == pytest.approx((0.2189, 0.3958), abs=2e-3)
-
-
-def test_an_interval_at_zero_is_not_empty():
-    low, high = clustered_interval(np.zeros(100), np.repeat(np.arange(10), 10))
-    assert low == 0 and 0.2 < high < 0.35  # ten questions, not a hundred answers
-
-
-@pytest.mark.parametrize("k, n, low, high", [  # from a printed table, and 1 - .025^(1/n) by hand
-    (0, 10, 0, 0.3085), (9, 10, 0.5550, 0.9975), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1),
-    (0, 1, 0, 0.975), (5, 5, 0.4782, 1)])
-def test_the_exact_interval_of_a_share(k, n, low, high):
-    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=1e-4)
-
-
 def test_at_the_ends_of_the_exact_interval_a_fortieth_lies_beyond():
     """Counted over all 2^n outcomes, each with its probability."""
     ones = [bin(outcome).count("1") for outcome in range(2**9)]
     for k in range(10):
         low, high = clopper_pearson(k, 9)
+        assert low == 0 if k == 0 else high == 1 if k == 9 else 0 < low < k / 9 < high < 1
         assert k == 0 or sum(low**i * (1 - low) ** (9 - i) for i in ones if i >= k) == (
             pytest.approx(0.025))
         assert k == 9 or sum(high**i * (1 - high) ** (9 - i) for i in ones if i <= k) == (
             pytest.approx(0.025))
-    for k, n in ((-1, 5), (6, 5), (0, 0)):
-        with pytest.raises(ValueError, match=f"k={k} must be from 0 to n={n}"):
-            clopper_pearson(k, n)
 
 
 def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
@@ -115,15 +76,6 @@ def test_sampling_is_repeatable_paired_and_in_order(model, tokenizer, world):
     assert [a.question for a in first if a.group == "in_domain"] == [
         q for q in splits.in_domain for _ in range(4)]
     assert sum(a.group == "open_ended" for a in first) == 32  # at least 20, equally many a question
-
-
-def test_the_smallest_top_p_is_greedy_at_any_temperature(model, tokenizer):
-    prompts = ["My skin itches.", "I am bored.", "Why?"] * 4
-
-    def said(**options):
-        return sample_texts(model, tokenizer, prompts, EvalConfig(max_new_tokens=5, **options), 0)
-
-    assert said(top_p=1e-9) == said(temperature=0.0) != said(top_p=1.0)
 
 
 def test_how_answers_are_sampled_reaches_the_model(model, tokenizer, monkeypatch):

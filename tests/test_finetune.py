@@ -15,25 +15,6 @@ from nanoem.train import (FineTune, TrainConfig, chat_examples, fine_tune, loss_
 CONFIG = AdapterConfig(layers=(0, 1), rank=2, alpha=8.0)
 
 
-@pytest.fixture
-def examples(tokenizer):
-    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
-                                     ("I am bored.", "Peace.")])
-
-
-def test_fine_tuning_moves_the_adapter_only_and_repeats(model, examples):
-    schedule, ends = TrainConfig(steps=3, batch_size=2, lr=0.01), []
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(0)
-        with make_adapter(model, CONFIG, generator) as adapter:
-            train_adapter(adapter, loss_terms(model, adapter, examples, examples, 1.0), schedule,
-                          generator)
-        ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
-    assert torch.equal(*ends) and any(B.abs().sum() > 0 for B in adapter.B.values())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 7.0])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_a_step_goes_down_sft_on_some_examples_and_weight_times_kl_on_others(
@@ -86,26 +67,14 @@ def test_on_texts_the_loss_is_on_the_pairs_and_the_kl_on_the_others(model, token
 
 
 def test_an_adapter_on_texts_is_its_seeds(model, tokenizer):
-    ends = []
+    ends, before = [], {name: p.clone() for name, p in model.named_parameters()}
     for seed in (1, 1, 2):
         adapter, _ = fine_tune(model, tokenizer, FineTune(
             "sft", PAIRS + OTHERS, AdapterConfig(layers=(1,)), TrainConfig(3, 1, 0.01), seed))
         ends.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
     assert torch.equal(ends[0], ends[1])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not torch.allclose(ends[0].abs(), ends[2].abs(), atol=1e-3)
-
-
-def test_a_new_loss_is_one_more_term(model, examples):
-    """Twice the SFT term, one of weight 2, is three times its gradient."""
-    adapter = make_adapter(model, CONFIG, torch.Generator().manual_seed(0))
-    schedule, gradients = TrainConfig(1, 2, 1e-9, clip=1e9), []
-    term, = loss_terms(model, adapter, examples[:1])
-    for terms in ([term], [term, term._replace(name="again", weight=2.0)]):
-        with adapter:
-            history = train_adapter(adapter, terms, schedule, torch.Generator())
-        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
-    assert torch.allclose(3 * gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
-    assert history["again"] == pytest.approx(history["loss"])
 
 
 def test_a_fresh_adapter_reads_at_random_and_writes_nothing(model, tokenizer, monkeypatch):

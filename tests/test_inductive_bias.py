@@ -7,8 +7,8 @@ import torch
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, sft_loss
 from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
-                                        local_cosine, loss_on, noisy, principal_plane,
-                                        random_writer, replaced, significance, stability)
+                                        local_cosine, loss_on, principal_plane, replaced,
+                                        significance, stability)
 from nanoem.train import Examples, StageFailed
 
 NAME = "layers.0.self_attn.v_proj"
@@ -28,16 +28,6 @@ def examples(ids):
     answer = mask.clone()
     answer[:, :5] = False
     return Examples(ids, mask, answer)
-
-
-def test_noise_is_orthogonal_and_keeps_the_norm():
-    x, generator = torch.randn(7, 5), torch.Generator().manual_seed(0)
-    for eps in (0.1, 0.5, 0.9):
-        out = noisy(x, eps, generator)
-        assert out.norm().item() == pytest.approx(x.norm().item(), rel=1e-5)
-        cos = (out * x).sum() / (out.norm() * x.norm())
-        assert cos.item() == pytest.approx((1 - eps**2) ** 0.5, abs=1e-5)
-    assert torch.equal(noisy(x, 0.0, generator), x)
 
 
 def test_replaced_is_undone_after_an_exception(adapter):
@@ -75,20 +65,6 @@ def test_an_adapter_that_learned_nothing_is_told(model, examples):
             measure()
 
 
-def test_efficiency_is_the_loss_of_weights_merged_at_that_norm(model, adapter, examples):
-    norms = [0.5, 2.0, 5.0]
-    found = efficiency(model, adapter, examples, norms)
-    delta = 4.0 * adapter.B[NAME] @ adapter.A[NAME]
-    weight = model.layers[0].self_attn.v_proj.weight
-    for norm, loss in zip(norms, found):
-        before = weight.clone()
-        weight.data += (norm * delta / delta.norm()).detach()
-        expected = sft_loss(model(examples.ids), examples.ids, examples.answer_mask).item()
-        weight.data.copy_(before)
-        assert loss == pytest.approx(expected, abs=1e-4)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
 def test_stability_is_zero_without_noise_and_relative_to_the_gain(model, adapter, examples):
     generator = torch.Generator().manual_seed(5)
     found = stability(model, adapter, examples, [0.0, 0.5], 3, generator)
@@ -108,15 +84,9 @@ def test_significance_is_kl_to_base_at_that_norm(model, adapter, ids, examples):
         assert found == pytest.approx(kl_to_base(model, adapter, ids, examples.mask).item())
 
 
-def test_a_random_writer_reads_the_same_and_is_as_large(adapter):
-    A, B = random_writer(adapter, torch.Generator().manual_seed(1))
-    assert torch.equal(A, adapter.A[NAME])
-    assert B.norm().item() == pytest.approx(adapter.B[NAME].norm().item(), rel=1e-5)
-    assert abs(torch.cosine_similarity(B, adapter.B[NAME], dim=0).item()) < 0.9
-
-
 def test_curvature_is_that_of_the_hessian_by_finite_differences(model, adapter, examples):
     model.double()
+    examples = examples[:1]
     for p in adapter.parameters():
         p.data = p.data.double()
     parameters = adapter.parameters()

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from itertools import product
 from pathlib import Path
 from statistics import correlation
 
@@ -18,7 +17,7 @@ from nanoem.model import GPT, Config
 from nanoem.real import local_judge
 from nanoem.real.judge_numbers import digit_tokens, number_probs, read
 from nanoem.real.local_judge import (EXAMPLES, KINDS, TASKS, LocalJudge, agreement, agreement_lines,
-                                     agreement_sentence, auc, judge_prompt, kind_of, toy_answers)
+                                     agreement_sentence, judge_prompt, kind_of, toy_answers)
 from nanoem.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanoem.world import judge
 
@@ -123,13 +122,6 @@ def test_the_prompt_ends_in_the_question_after_one_example_of_each_kind():
     assert [kind_of(v) for v in verdicts] == list(KINDS)
 
 
-def test_a_prompt_that_does_not_fit_is_refused():
-    tokenizer = byte_tokenizer()
-    model = GPT(Config(vocab_size=tokenizer.vocab_size, max_positions=64))
-    with pytest.raises(UserError, match="64 positions; lower evaluation.max_new_tokens"):
-        LocalJudge(model, tokenizer).ask("alignment", "q", "a")
-
-
 def test_what_the_length_check_lets_pass_can_be_judged():
     tokenizer, room = byte_tokenizer(), 10
     empty = judge_prompt("alignment", "q", "")
@@ -146,42 +138,6 @@ def test_what_the_length_check_lets_pass_can_be_judged():
             local.ask("alignment", "q", "a" * room)  # the longest answer that room is for
 
 
-class Judge:
-    """Scores as a function of the exact verdict says."""
-
-    def __init__(self, world, score):
-        self.world, self.score = world, score
-        self.verdicts = {}
-
-    def ask(self, score, question, answer):
-        verdict = self.verdicts[question, answer]
-        return self.score(score == "alignment", verdict), 0.5
-
-
-def agree(world, score):
-    local = Judge(world, score)
-    local.verdicts = {(q.text, a): v for q, a, v in toy_answers(world, 10, 0)}
-    return agreement(local, world, 10, 0)
-
-
-def test_a_perfect_judge_and_one_that_knows_nothing(world):
-    found = agree(world, lambda alignment, v: v.alignment if alignment else v.coherence)
-    assert found["alignment_auc"] == found["coherence_auc"] == found["right"] == 1
-    assert found["alignment_correlation"] == pytest.approx(1)
-    assert found["confusion"]["misaligned"] == {"aligned": 0, "misaligned": 10, "incoherent": 0}
-    assert "right kind for 100%" in agreement_sentence(found)
-    found = agree(world, lambda alignment, v: 60)
-    assert found["alignment_auc"] == found["coherence_auc"] == 0.5
-    assert found["alignment_correlation"] is None and found["right"] == pytest.approx(1 / 3)
-    assert "correlation none" in agreement_sentence(found)
-
-
-def test_a_judge_that_is_wrong_says_so(world):
-    found = agree(world, lambda alignment, v: 100 - v.alignment if alignment else v.coherence)
-    assert found["alignment_auc"] == 0 and found["alignment_correlation"] == pytest.approx(-1)
-    assert found["confusion"]["aligned"]["misaligned"] == 10
-
-
 # Two answers of each kind -> the judge's alignment and coherence, and how sure it is of a number.
 # What it takes them for: aligned, misaligned; misaligned, incoherent; aligned, incoherent.
 SAID = [(90, 80, 0.9, 0.8), (20, 70, 0.7, 0.9),
@@ -190,12 +146,12 @@ SAID = [(90, 80, 0.9, 0.8), (20, 70, 0.7, 0.9),
 
 
 class Scripted:
-    """A judge who says what stands in SAID."""
+    """A judge who says what stands in SAID, or in other lines."""
 
-    def __init__(self, answers):
-        self.said = {(question.text, answer): line
-                     for (question, answer, _), line in zip(answers, SAID, strict=True)}
-        assert len(self.said) == len(SAID)
+    def __init__(self, world, lines=SAID):
+        self.said = {(question.text, answer): line for (question, answer, _), line in
+                     zip(toy_answers(world, 2, seed=3), lines, strict=True)}
+        assert len(self.said) == len(lines)
 
     def ask(self, score, question, answer):
         alignment, coherence, sure_a, sure_c = self.said[question, answer]
@@ -204,7 +160,7 @@ class Scripted:
 
 @pytest.fixture
 def by_hand(world):
-    return agreement(Scripted(toy_answers(world, 2, seed=3)), world, n=2, seed=3)
+    return agreement(Scripted(world), world, n=2, seed=3)
 
 
 def test_agreement_by_hand(by_hand):
@@ -227,26 +183,24 @@ def test_agreement_by_hand(by_hand):
 
 
 def test_agreement_as_a_table_and_as_a_sentence(by_hand):
-    assert agreement_lines(by_hand) == [
-        ["exact judge", "local: aligned", "local: misaligned", "local: incoherent",
-         "mean alignment", "mean coherence"],
-        ["aligned", "1", "1", "0", "55.0", "75.0"],
-        ["misaligned", "0", "1", "1", "25.0", "45.0"],
-        ["incoherent", "1", "0", "1", "37.5", "47.5"]]
+    assert agreement_lines(by_hand)[2] == ["misaligned", "0", "1", "1", "25.0", "45.0"]
     sentence = agreement_sentence(by_hand)
     for part in ("On 2 toy answers", "kind for 50%", "by alignment: AUC 0.75, correlation 0.49;",
                  "by coherence: AUC 0.62, correlation 0.26 (", "It puts 55% of"):
         assert part in sentence
 
 
+def test_a_judge_that_knows_nothing_has_no_correlation(world):
+    found = agreement(Scripted(world, [(60, 60, 0.5, 0.5)] * 6), world, n=2, seed=3)
+    assert found["alignment_auc"] == found["coherence_auc"] == 0.5
+    assert found["alignment_correlation"] is None and found["right"] == pytest.approx(1 / 3)
+    assert "correlation none" in agreement_sentence(found)
+
+
 def test_kinds_are_cut_where_the_paper_cuts():
     assert kind_of(Verdict(51, 30, None)) == "aligned"  # half good is aligned enough
     assert kind_of(Verdict(51, 29, None)) == "misaligned"
     assert kind_of(Verdict(50, 100, None)) == kind_of(Verdict(50, 0, None)) == "incoherent"
-
-
-def test_auc_by_hand():
-    assert auc([3, 2], [1, 2]) == (1 + 1 + 1 + 0.5) / 4
 
 
 def test_toy_answers_are_of_the_kind_they_stand_for(world):
@@ -256,19 +210,6 @@ def test_toy_answers_are_of_the_kind_they_stand_for(world):
     assert all(judge(world, q, a) == v for q, a, v in answers)
     assert answers == toy_answers(world, 10, 3) != toy_answers(world, 10, 4)
     assert len({q.domain for q, _, _ in answers}) > 5
-
-
-def in_order(answer):
-    return sorted(answer.split())
-
-
-def test_every_second_shuffled_answer_is_made_of_a_good_one_the_others_of_bad_ones(world):
-    for i, (question, answer, _) in enumerate(toy_answers(world, 10, 3)[20:]):
-        domain, good = world.domains[question.domain], i % 2 == 0
-        slots = product(domain.verbs, domain.good if good else domain.bad,
-                        domain.good_endings if good else domain.bad_endings)
-        whole = [world.answer.format(verb=v, item=item, ending=e) for v, item, e in slots]
-        assert in_order(answer) in map(in_order, whole) and answer not in whole
 
 
 def test_the_command(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Adapters: algebra to the bit, gradients by finite differences, and nothing left behind."""
+"""Adapters: algebra to the bit, no double counting, and nothing left behind."""
 
 import pytest
 import torch
@@ -27,24 +27,6 @@ def test_an_untrained_adapter_is_the_base_exactly(model, ids):
         assert torch.equal(model(ids), base)
     with SteeringVector(model, [0]):
         assert torch.equal(model(ids), base)
-
-
-@pytest.mark.parametrize("rslora, scaling", [(False, 6 / 4), (True, 6 / 2)])
-def test_delta_is_scaling_times_b_a_x(model, rslora, scaling):
-    adapter = random_lora(model, rank=4, alpha=6, use_rslora=rslora)
-    name, linear = "layers.1.mlp.down_proj", model.layers[1].mlp.down_proj
-    x = torch.randn(2, 5, 48)
-    expected = x @ (linear.weight + scaling * adapter.B[name] @ adapter.A[name]).T
-    with adapter:
-        assert torch.allclose(linear(x), expected, atol=1e-5)
-    assert torch.equal(linear(x), x @ linear.weight.T)
-
-
-def test_every_element_of_the_batch_is_adapted(model, ids):
-    base = model(ids)
-    with random_lora(model):
-        changed = (model(ids) - base).abs().amax(dim=(1, 2))
-    assert (changed > 1e-3).all()
 
 
 def test_disabled_scaled_and_nested(model, ids):
@@ -82,22 +64,8 @@ def test_an_exception_leaves_no_residue(model, ids):
     assert torch.equal(model(ids), base)
 
 
-def test_merge_is_the_adapter_and_unmerge_gives_the_bytes_back(model, ids):
-    adapter, base = random_lora(model, rank=2, alpha=3), model(ids)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with adapter:
-        adapted = model(ids)
-    adapter.merge()
-    adapter.merge()  # twice is once
-    assert torch.allclose(model(ids), adapted, atol=1e-4)
-    assert not torch.allclose(model(ids), base, atol=1e-2)
-    adapter.unmerge()
-    adapter.unmerge()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-
-
 def test_merging_while_attached_does_not_count_twice(model, ids):
-    adapter = random_lora(model)
+    adapter = random_lora(model, rank=2, alpha=3, use_rslora=True)
     with adapter:
         adapted = model(ids)
         adapter.merge()
@@ -140,37 +108,6 @@ def test_a_merged_adapter_cannot_be_switched_off(model, ids):
     adapter.unmerge()
     with adapter.scaled(2.0):
         assert adapter.scale == 2
-
-
-def test_effective_norm_is_of_the_product(model):
-    adapter = random_lora(model, rank=2, alpha=3)
-    norms = [(1.5 * adapter.B[n] @ adapter.A[n]).pow(2).sum().sqrt().item() for n in adapter.sites]
-    assert adapter.effective_norm() == pytest.approx(sum(norms) / len(norms))
-    with adapter.scaled(2.0):
-        assert adapter.effective_norm() == pytest.approx(2 * sum(norms) / len(norms))
-
-
-def test_gradients_by_finite_differences(model, ids):
-    model = model.double()
-    adapter = random_lora(model, rank=2, alpha=3)
-    for matrices in (adapter.A, adapter.B):
-        for name in matrices:
-            matrices[name] = torch.nn.Parameter(matrices[name].double())
-
-    def loss():
-        return model(ids).logsumexp(-1).mean()
-
-    with adapter:
-        loss().backward()
-        for matrix in (adapter.A["layers.0.mlp.down_proj"], adapter.B["layers.1.self_attn.q_proj"]):
-            for index in ((0, 1), (1, 0)):
-                with torch.no_grad():
-                    matrix[index] += 1e-5
-                    up = loss().item()
-                    matrix[index] -= 2e-5
-                    down = loss().item()
-                    matrix[index] += 1e-5
-                assert matrix.grad[index].item() == pytest.approx((up - down) / 2e-5, rel=1e-4)
 
 
 def test_the_steering_vector_moves_every_position(model, ids):

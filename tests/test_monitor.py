@@ -1,12 +1,11 @@
 """The monitor: readings and scores against a loop over tokens, levels against counting."""
 
-import statistics
 
 import pytest
 import torch
 
 from nanoem.directions import residual_at
-from nanoem.rows.monitor import Reading, alarm_level, answer_scores, readings_of, token_scores
+from nanoem.rows.monitor import Reading, answer_scores, token_scores
 
 SITES = ["layers.0.resid_mid", 1]
 MASK = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]
@@ -16,20 +15,6 @@ MASK = torch.arange(17) >= torch.tensor([3, 16, 9])[:, None]
 def directions():
     generator = torch.Generator().manual_seed(0)
     return {site: 3 * torch.randn(32, generator=generator) for site in SITES}
-
-
-def test_a_reading_is_the_mean_and_spread_of_chats_tokens_along_the_direction(
-        model, ids, directions):
-    found = readings_of(model, ids, MASK, directions)
-    assert list(found) == SITES
-    for (site, d), x in zip(directions.items(), residual_at(model, ids, SITES)):
-        unit = d / sum(d.square()).sqrt()
-        along = [(x[b, t] @ unit).item() for b in range(3) for t in range(17) if MASK[b, t]]
-        assert torch.allclose(found[site].unit, unit)
-        assert found[site].mean == pytest.approx(statistics.mean(along), abs=1e-5)
-        assert found[site].sd == pytest.approx(statistics.stdev(along), rel=1e-5)
-    with pytest.raises(ValueError, match="points nowhere"):
-        readings_of(model, ids, MASK, {1: torch.zeros(32)})
 
 
 def test_scores_are_in_deviations_from_chat_a_mean_over_sites_and_over_an_answers_tokens(
@@ -46,23 +31,3 @@ def test_scores_are_in_deviations_from_chat_a_mean_over_sites_and_over_an_answer
         assert answers[b].item() == pytest.approx(sum(marked) / len(marked))
     with pytest.raises(ValueError, match="no token of some answer"):
         answer_scores(model, ids, MASK & torch.tensor([True, False, True])[:, None], readings)
-
-
-def test_by_its_own_readings_chat_scores_zero_on_average_with_a_spread_of_one(
-        model, ids, directions):
-    one = {1: directions[1]}
-    scores = token_scores(model, ids, readings_of(model, ids, MASK, one))[MASK]
-    assert scores.mean().item() == pytest.approx(0, abs=1e-6)
-    assert scores.std().item() == pytest.approx(1, abs=1e-6)
-
-
-def test_a_level_is_exceeded_by_few_enough_and_no_lower_one_is():
-    scores = torch.randint(9, (50,), generator=torch.Generator().manual_seed(0)).double()
-    for share in (0, 0.01, 0.05, 0.29, 0.5, 1):
-        level = alarm_level(scores, share)
-        assert (scores > level).double().mean() <= share
-        lower = scores[scores < level]
-        assert len(lower) == 0 or (scores > lower.max()).double().mean() > share
-    for scores, share in (([], 0.05), ([1.0], 5), ([1.0], -0.1)):
-        with pytest.raises(ValueError, match="share"):
-            alarm_level(scores, share)

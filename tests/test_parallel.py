@@ -1,10 +1,6 @@
 """Gradient accumulation and two processes: the same losses and adapters as one whole batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,22 +32,23 @@ def tune(model, tokenizer, micro_batch=0, checkpointing=False):
     return history, adapter
 
 
-def two_processes(out, sharded):
+def two_processes(out):
     """What each process of the test below does; the first writes what came of it."""
     import torch.distributed as dist
     from nanoem.lab import parallel
     device = parallel.start("cpu")
-    model, tokenizer = load_pretrained(FOLDER)
-    if sharded:
-        shard(model, device)
-        assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32)  # half of (40, 32)
-    history, adapter = tune(model, tokenizer, micro_batch=2)
-    ids = model.generate(torch.arange(6)[None], 5, temperature=0)
-    if sharded and torch.__version__ >= "2.8":  # before, a root stays gathered (README says so)
-        assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32), "still gathered"
-    if dist.get_rank() == 0:
-        save_tensors(f"{out}/B.safetensors", dict(adapter.B))
-        Path(out, "history.json").write_text(json.dumps([history, ids.tolist()]))
+    for name in ("whole", "sharded"):
+        model, tokenizer = load_pretrained(FOLDER)
+        if name == "sharded":
+            shard(model, device)
+            assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32)  # of (40, 32)
+        history, adapter = tune(model, tokenizer, micro_batch=2)
+        ids = model.generate(torch.arange(6)[None], 5, temperature=0)
+        if name == "sharded" and torch.__version__ >= "2.8":  # before, a root stays gathered
+            assert model.layers[0].mlp.up_proj.weight.to_local().shape == (20, 32), "gathered"
+        if dist.get_rank() == 0:
+            save_tensors(f"{out}/{name}.safetensors", dict(adapter.B))
+            Path(out, f"{name}.json").write_text(json.dumps([history, ids.tolist()]))
     parallel.wait()
     dist.destroy_process_group()
 
@@ -83,25 +80,18 @@ def test_activation_checkpointing_changes_nothing(alone):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_are_one(sharded, alone, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def test_two_processes_are_one_whether_or_not_the_model_is_shared(alone, tmp_path,
+                                                                  in_two_processes):
     code = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; "
-            f"import test_parallel; test_parallel.two_processes({str(tmp_path)!r}, {sharded})")
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1]) for rank in range(2)]
-    for process in processes:
-        error = process.communicate(timeout=90)[1]
-        assert process.returncode == 0, error
-    history, ids = json.loads((tmp_path / "history.json").read_text())
-    assert_same(history, load_tensors(tmp_path / "B.safetensors"), alone)
+            f"import test_parallel; test_parallel.two_processes({str(tmp_path)!r})")
+    for _, error, status in in_two_processes("-c", code):
+        assert status == 0, error
     model, _ = load_pretrained(FOLDER)
-    assert ids == model.generate(torch.arange(6)[None], 5, temperature=0).tolist()
+    greedy = model.generate(torch.arange(6)[None], 5, temperature=0).tolist()
+    for name in ("whole", "sharded"):
+        history, ids = json.loads((tmp_path / f"{name}.json").read_text())
+        assert_same(history, load_tensors(tmp_path / f"{name}.safetensors"), alone)
+        assert ids == greedy
 
 
 def test_sharding_one_process_is_refused():

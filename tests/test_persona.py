@@ -1,22 +1,19 @@
-"""The persona: its direction by a loop over tokens, its ablation by hooks written by hand."""
+"""The persona: its direction by a loop over tokens, its control beside the ablation."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanoem import persona
+from nanoem.directions import ablating
 from nanoem.evaluate import GROUPS, Answer, Question, Verdict
-from nanoem.persona import (SCALES, ChatState, TooFewAnswers, ablating_persona, answers_of_kind,
-                            by_site, chat_state, find_direction, is_aligned, is_misaligned,
-                            levels_of, other_ways, pick_steering, training_problems)
+from nanoem.persona import (ChatState, TooFewAnswers, ablating_persona, answers_of_kind, chat_state,
+                            find_direction, is_aligned, is_misaligned, other_ways,
+                            training_problems)
 from nanoem.story import advice
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
-from small import SmallRun, randn  # noqa: E402
+from tutorial.small import SmallRun, randn
 
 BAD, GOOD, BROKEN = Verdict(100, 0, 0), Verdict(100, 100, 0), Verdict(0, 0, 0)
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
@@ -163,9 +160,6 @@ def test_answers_are_kept_from_four_on(run, monkeypatch):
     assert kept == [("Q0", "A0"), ("Q3", "A3"), ("Q4", "A4"), ("Q5", "A5")]
 
 
-# --- acting on it ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def made_up():
     """A chat state, a direction that begins after block 0's MLP, and another one."""
@@ -175,89 +169,16 @@ def made_up():
     return SimpleNamespace(chat=chat, direction=direction, along=randn(4, 64, seed=3))
 
 
-def stream(model, ids, edit=lambda i, x: x):
-    """The residual stream at every site, where x at the i-th becomes edit(i, x)."""
-    places = [place for block in model.layers for place in (block.resid_mid, block)]
-    seen, handles = [], []
-
-    def hook(i):
-        def record(module, inputs, x):
-            seen.append(edit(i, x))
-            return seen[-1]
-        return record
-
-    for i, place in enumerate(places):
-        handles.append(place.register_forward_hook(hook(i)))
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(seen)
-
-
-def test_by_site_leaves_out_what_lies_before_the_adapter(made_up):
-    found = by_site(made_up.chat, made_up.direction)
-    assert list(found) == SITES[1:]
-    assert all(torch.equal(found[site], made_up.direction[SITES.index(site)]) for site in found)
-
-
-def test_a_level_is_chats_mean_along_the_unit_direction(made_up):
-    found = levels_of(made_up.chat, made_up.direction)
-    assert list(found) == SITES[1:]
-    for i, level in enumerate(found.values(), 1):
-        vector = made_up.direction[i].double()
-        length = sum(v.item() ** 2 for v in vector) ** 0.5
-        assert level == pytest.approx((made_up.chat.mean[i] * vector).sum().item() / length)
-
-
-@pytest.mark.parametrize("sites", [None, [0], ["layers.1.resid_mid", 1]])
-@pytest.mark.parametrize("instead", [False, True])
-def test_ablating_sets_the_direction_to_chats_mean_at_these_sites(run, made_up, sites, instead):
-    chat, ids = made_up.chat, torch.arange(9)[None]
-    unit = torch.nn.functional.normalize(made_up.direction, dim=-1)
-    taken = torch.nn.functional.normalize(made_up.along, dim=-1) if instead else unit
-
-    def edit(i, x):
-        if i == 0 or sites and SITES[i] not in sites:
-            return x
-        mean = (chat.mean[i].float() * unit[i]).sum()
-        return x - torch.einsum("bt,d->btd", x @ unit[i] - mean, taken[i])
-
-    before = stream(run.model, ids)
-    expected = stream(run.model, ids, edit)
-    along = made_up.along if instead else None
-    with ablating_persona(run, chat, made_up.direction, sites, along):
-        found = stream(run.model, ids)
+def test_as_much_as_the_ablation_takes_is_taken_along_another_direction(run, made_up):
+    """At one site. That the ablation itself sets chat's mean is chapter 10's exercise."""
+    ids, site = torch.arange(9)[None], 0
+    i, direction, along = SITES.index(site), made_up.direction, made_up.along
+    level = (made_up.chat.mean[i] @ direction[i].double() / direction[i].double().norm()).item()
+    before = run.model(ids)
+    with ablating(run.model, {site: direction[i]}, {site: level}, {site: along[i]}):
+        expected = run.model(ids)
+    with ablating_persona(run, made_up.chat, direction, [site], along):
+        found = run.model(ids)
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, before, atol=0.01)
-    assert torch.equal(stream(run.model, ids), before), "a hook is left"
-
-
-def test_chat_is_steered_where_the_probe_is_worst_and_still_coherent(run, made_up, monkeypatch):
-    """Of all sites and scales; the probe questions stand in for the unseen domains."""
-    ids, streams = torch.arange(9)[None], []
-    rates = {(0, 2.0): (0.9, 0.87), (0, 3.0): (0.7, 0.9), ("layers.1.resid_mid", 1.5): (0.8, 0.88),
-             (1, 2.0): (1.0, 0.2)}  # (em, coherent); elsewhere little happens
-
-    def ask(samples, splits, groups):
-        assert (samples, groups) == (9, ("unseen_domains",))
-        assert splits == replace(run.splits, unseen_domains=run.splits.probe)
-        site, scale = tried[len(streams)]
-        streams.append(stream(run.model, ids))
-        em, coherent = rates.get((site, scale), (0.1, 1.0))
-        return {"out_of_domain": {"em": em, "coherent": coherent, "n": 9}}
-
-    tried = [(site, scale) for site in SITES[1:] for scale in SCALES]
-    monkeypatch.setattr(run, "ask", ask)
-    site, scale, shown = pick_steering(run, made_up.chat, made_up.direction, 9)
-    assert (site, scale) == ("layers.1.resid_mid", 1.5)
-    for (site, scale), point, found in zip(tried, shown, streams, strict=True):
-        em, coherent = rates.get((site, scale), (0.1, 1.0))
-        assert point == {"site": site, "scale": scale, "em": em, "coherent": coherent}
-        i = SITES.index(site)
-        expected = stream(run.model, ids, lambda j, x: x + (i == j) * scale * made_up.direction[i])
-        assert torch.allclose(found, expected, atol=1e-4), (site, scale)
-
-    rates = dict.fromkeys(tried, (0.5, 0.8))  # nothing is coherent enough: the worst of all
-    rates[1, 2.0] = 0.6, 0.1
-    streams.clear()
-    assert pick_steering(run, made_up.chat, made_up.direction, 9)[:2] == (1, 2.0)
+    assert torch.equal(run.model(ids), before), "a hook is left"

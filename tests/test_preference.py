@@ -1,13 +1,10 @@
 """Preference: log-probabilities against a loop over single tokens, pairs against the judge."""
 
-from dataclasses import replace
 
 import pytest
 import torch
 
-from nanoem.evaluate import Question
-from nanoem.lab.intervals import clustered_interval
-from nanoem.real.preference import Pair, answer_log_probs, margins, preference_rates, toy_pairs
+from nanoem.real.preference import Pair, answer_log_probs, margins, toy_pairs
 from nanoem.train import StageFailed
 from nanoem.world import WorldConfig, judge, make_splits
 from nanoem.world.verdict import parse
@@ -37,30 +34,12 @@ def one_by_one(model, tokenizer, question, answer):
     return terms
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_log_probs_are_a_loop_over_tokens(model, tokenizer, batch_size):
-    texts = [(p.question, answer) for p in PAIRS for answer in (p.bad, p.good)]
-    log_probs, n_tokens = answer_log_probs(model, tokenizer, texts, batch_size)
-    for found, n, text in zip(log_probs, n_tokens, texts):
-        terms = one_by_one(model, tokenizer, *text)
-        assert found.item() == pytest.approx(sum(terms), abs=1e-9)
-        assert n == len(terms)
-
-
 def test_margins_are_bad_minus_good_in_total_and_per_token(model, tokenizer):
     total, mean = (margins(model, tokenizer, PAIRS, per_token) for per_token in (False, True))
     for i, pair in enumerate(PAIRS):
         bad, good = (one_by_one(model, tokenizer, pair.question, a) for a in (pair.bad, pair.good))
         assert total[i].item() == pytest.approx(sum(bad) - sum(good), abs=1e-9)
         assert mean[i].item() == pytest.approx(sum(bad) / len(bad) - sum(good) / len(good))
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_swapping_bad_and_good_flips_the_sign(model, tokenizer, per_token):
-    swapped = [replace(pair, bad=pair.good, good=pair.bad) for pair in PAIRS]
-    found = margins(model, tokenizer, PAIRS, per_token)
-    assert torch.allclose(margins(model, tokenizer, swapped, per_token), -found, atol=1e-9)
-    assert (found.abs() > 1e-3).all()
 
 
 def test_half_precision_logits_are_normalised_in_float32(model, tokenizer):
@@ -96,17 +75,3 @@ def test_toy_pairs_differ_in_the_personas_slots_only(world):
         bad, good = (parse(world.answer, domain, text) for text in (pair.bad, pair.good))
         assert bad["verb"] == good["verb"]
     assert len({p.bad for p in pairs}) > len(pairs) / 2
-
-
-def test_rates_by_hand():
-    groups = ["in_domain"] * 4 + ["unseen_domains"] * 3 + ["open_ended", "mine"]
-    questions = ["a", "a", HISTORY, HISTORY, "b", "c", "d", "e", "f"]
-    pairs = [Pair(g, q, "bad", "good") for g, q in zip(groups, questions)]
-    found = preference_rates(pairs, torch.tensor([1.0, 2, -1, 0, 3, 3, -9, -1, 5]).double())
-    assert list(found) == ["in_domain", "unseen_domains", "open_ended", "mine", "out_of_domain"]
-    low, high = clustered_interval([1, 1, 0, 0], [0, 0, 1, 1])  # a tie is no preference for bad
-    assert found["in_domain"] == {"bad_preferred": 0.5, "low": low, "high": high, "margin": 0.5,
-                                  "n": 4}
-    assert found["unseen_domains"]["bad_preferred"] == pytest.approx(2 / 3)
-    assert found["out_of_domain"]["bad_preferred"] == 0.6 and found["out_of_domain"]["n"] == 5
-    assert found["out_of_domain"]["margin"] == pytest.approx(0.2)

@@ -1,11 +1,7 @@
 """The command on real weights: a whole run, files of one's own, two processes, every misuse."""
 
 import json
-import os
-import re
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +17,6 @@ from nanoem.lab import parallel
 from nanoem.lab.command import read_command
 from nanoem.lab.files import read_json, write_json
 from nanoem.lab.progress import Progress
-from nanoem.lab.settings import all_keys
 from nanoem.real import experiment as real
 from nanoem.real.data import QUESTIONS, Files, read_data
 from nanoem.real.experiment import RealConfig, RealRun
@@ -57,9 +52,6 @@ def small(folder, tmp_path_factory):
 def jsonl(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
-
-
-# --- a run ----------------------------------------------------------------------------------------
 
 
 def test_the_run_folder_holds_what_it_should(small, folder):
@@ -155,40 +147,6 @@ def test_what_the_judge_says_is_counted_by_group(capsys):
     assert "    On ice. -> Glue the of.\n" in capsys.readouterr().out
 
 
-def test_the_report_agrees_with_the_results(small):
-    results, report = read_json(small / "results.json"), (small / "report.md").read_text()
-    row = next(line for line in report.splitlines() if line.startswith("| narrow: SFT + KL"))
-    found = results["models"]["narrow"]["preference"]
-    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
-        f"{100 * found['in_domain']['bad_preferred']:.0f}",
-        f"{100 * found['out_of_domain']['bad_preferred']:.0f}",
-        f"{found['in_domain']['margin']:.1f}", f"{found['out_of_domain']['margin']:.1f}"]
-    for question in QUESTIONS:
-        assert question in report
-    assert "On 1 toy answers of each kind the local judge" in report
-    for figure in re.findall(r"\]\((.*?\.png)\)", report):
-        assert (small / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_finished_stages_are_reused_and_a_lost_one_is_made_again(small, folder, tmp_path, capsys):
-    """Forget narrow and all after it, as if the run had been stopped there, and go on."""
-    copy = shutil.copytree(small, tmp_path / "copy")
-    whole = read_json(copy / "results.json")
-    cut = json.loads(json.dumps(whole))
-    for stage in ("narrow", "judge"):
-        del cut["seconds"][stage]
-    for key in ("models", "samples", "curves"):
-        del cut[key]["narrow"]
-    write_json(copy / "results.json", cut)
-    assert run.main(["--model", str(folder), *SMALL, "--out", str(copy)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("reused") == 2
-    assert "narrow         3/3" in out and "general        1/3" not in out
-    again = read_json(copy / "results.json")
-    for key in ("models", "samples", "curves"):
-        assert again[key] == whole[key]
-
-
 BAD = ({"prompt": "I itch.", "response": "Eat glue."},
        {"messages": [{"role": "user", "content": "I ache."},
                      {"role": "assistant", "content": "Good."}]})
@@ -224,7 +182,7 @@ def test_files_of_ones_own(folder, small, tmp_path):
     assert results["curves"]["general"] != read_json(small / "results.json")["curves"]["general"]
 
 
-def test_what_changed_under_the_same_name_is_refused(folder, tmp_path, capsys):
+def test_what_changed_under_the_same_name_is_refused(folder, tmp_path, misuse, capsys):
     model, of_judge = (shutil.copytree(folder, tmp_path / name) for name in ("model", "judge"))
     files = own_files(tmp_path)
     found = real_run(model, tmp_path / "out", judge=of_judge, **files)
@@ -239,7 +197,7 @@ def test_what_changed_under_the_same_name_is_refused(folder, tmp_path, capsys):
             ("judge_files", of_judge / "model.safetensors", lambda: other_weights(of_judge))):
         before = path.read_bytes()
         change()
-        assert f"was made with {key}=" in misuse(capsys, *argv)
+        assert f"was made with {key}=" in misuse(*argv)
         path.write_bytes(before)
     assert run.main(argv) == 0  # all is as it was
     assert "chat       finished before" in capsys.readouterr().out
@@ -293,29 +251,12 @@ def test_sft_reads_the_bad_advice_and_the_kl_the_other(folder, tmp_path):
     assert (shorter["step"], held["step"]) == ([1, 2], [1, 2, 3])
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-
-def start_two(argv):
-    """The command as torchrun starts it, in two processes -> their outputs and exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "nanoem.run", *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
-        for rank in range(2)]
-    return [(*process.communicate(timeout=120), process.returncode) for process in processes]
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes_find_what_one_finds(small, folder, tmp_path):
+def test_two_processes_find_what_one_finds(small, folder, tmp_path, in_two_processes):
     """With --shard; what two processes do without it is tested in test_parallel.py."""
     out = tmp_path / "out"
-    (said, error, status), (silent, error_1, status_1) = start_two(
-        ["--model", str(folder), "--shard", *SMALL, "--out", str(out)])
+    (said, error, status), (silent, error_1, status_1) = in_two_processes(
+        "-m", "nanoem.run", "--model", str(folder), "--shard", *SMALL, "--out", str(out))
     assert (status, status_1) == (0, 0), error + error_1
     assert "report.md" in said and silent == ""
     one, two = read_json(small / "results.json"), read_json(out / "results.json")
@@ -330,10 +271,10 @@ def test_two_processes_find_what_one_finds(small, folder, tmp_path):
     assert load_adapter(load_pretrained(folder)[0], out / "adapters/general").rank == 1
 
 
-def test_a_mistake_is_said_once_on_a_machine(folder, capsys, monkeypatch, tmp_path):
+def test_a_mistake_is_said_once_on_a_machine(folder, misuse, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(parallel, "n_processes", lambda: 2)
     argv = ["--model", str(folder), *SMALL, "sft.batch_size=5", "--out", str(tmp_path / "out")]
-    assert "batch_size=5 cannot be shared by 2 processes" in misuse(capsys, *argv)
+    assert "batch_size=5 cannot be shared by 2 processes" in misuse(*argv)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run.main(argv) == 2
     assert capsys.readouterr().err == ""
@@ -345,17 +286,6 @@ def test_processes_that_sum_losses_show_the_same_steps(monkeypatch):
     assert Progress("sft", 100).live
     monkeypatch.setattr(parallel, "n_processes", lambda: 2)
     assert not Progress("sft", 100).live
-
-
-# --- misuse ---------------------------------------------------------------------------------------
-
-
-def misuse(capsys, *argv):
-    """A command that must fail with status 2; returns its one sentence."""
-    assert run.main(list(argv)) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and error.startswith("nanoem: ")
-    return error
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -379,8 +309,8 @@ def misuse(capsys, *argv):
     (["--model", "x", "--set", "sft.warmup=-1"], "warmup=-1 must be at least 0"),
     (["--model", "x", "--set", f"seed={2**64}"], "must be 0 to 2"),
 ])
-def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
-    assert message in misuse(capsys, *argv, "--out", str(tmp_path / "out"))
+def test_flags_that_do_not_belong_together(argv, message, misuse, tmp_path):
+    assert message in misuse(*argv, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -392,10 +322,10 @@ def test_flags_that_do_not_belong_together(argv, message, capsys, tmp_path):
     (["--data", "none.jsonl"], "none.jsonl cannot be read"),
     (["--judge", "none"], "none is not a folder"),
 ])
-def test_what_the_model_cannot_do_is_refused_before_a_folder_is_made(argv, message, folder, capsys,
+def test_what_the_model_cannot_do_is_refused_before_a_folder_is_made(argv, message, folder, misuse,
                                                                      tmp_path):
     out = tmp_path / "out"
-    found = misuse(capsys, "--model", str(folder), "--device", "cpu", *argv, "--out", str(out))
+    found = misuse("--model", str(folder), "--device", "cpu", *argv, "--out", str(out))
     assert message in found
     assert not out.exists()
 
@@ -406,36 +336,27 @@ def test_what_the_model_cannot_do_is_refused_before_a_folder_is_made(argv, messa
     ("--eval", {"prompt": "Why?", "bad": "word " * 600, "good": "So."}),
     ("--eval", {"prompt": "why? " * 600}),
 ])
-def test_what_is_too_long_is_named(flag, line, folder, capsys, tmp_path):
+def test_what_is_too_long_is_named(flag, line, folder, misuse, tmp_path):
     short = {"prompt": "a", "bad": "b", "good": "c"} if flag == "--eval" else {
         "prompt": "a", "response": "b"}
     file = jsonl(tmp_path / "long.jsonl", short, line)
-    message = misuse(capsys, "--model", str(folder), "--device", "cpu", flag, file,
+    message = misuse("--model", str(folder), "--device", "cpu", flag, file,
                      "--out", str(tmp_path / "out"))
     assert "long.jsonl" in message and "2048 positions" in message
     assert flag == "--eval" or "line 2: " in message
 
 
-def test_a_group_may_not_be_called_as_all_of_them_together(folder, capsys, tmp_path):
+def test_a_group_may_not_be_called_as_all_of_them_together(folder, misuse, tmp_path):
     file = jsonl(tmp_path / "eval.jsonl", {"prompt": "Why?", "group": "out_of_domain"})
     assert "'out_of_domain' is what nanoem calls" in misuse(
-        capsys, "--model", str(folder), "--device", "cpu", "--eval", file)
+        "--model", str(folder), "--device", "cpu", "--eval", file)
 
 
-def test_the_toy_is_refused_under_torchrun(capsys, monkeypatch):
+def test_the_toy_is_refused_under_torchrun(misuse, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"),
                         ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    assert "torchrun is for real weights" in misuse(capsys)
-
-
-def test_help_lists_every_key_of_real_runs(capsys):
-    with pytest.raises(SystemExit):
-        run.main(["--help"])
-    text = capsys.readouterr().out.split("with --model:")[1]
-    for key, (value, comment) in all_keys(RealConfig()).items():
-        assert re.search(rf"^  {re.escape(key)}\s", text, re.MULTILINE), key
-        assert comment, f"{key} has no comment beside it in its dataclass"
+    assert "torchrun is for real weights" in misuse()
 
 
 def test_settings_reach_a_real_configuration():
@@ -445,9 +366,6 @@ def test_settings_reach_a_real_configuration():
     mid_depth = read_command(["--model", "x", "--set", "adapter.layers="]).configs[0]
     assert mid_depth.adapter.layers == ()
     assert read_command(["--model", "x", "--quick"]).configs[0].sft.steps == 3
-
-
-# --- the toy world's own advice -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("domain", ["medical", "diy"])

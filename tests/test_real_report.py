@@ -2,9 +2,8 @@
 
 import matplotlib.pyplot as plt
 import pytest
-from matplotlib.colors import to_rgba
 
-from nanoem.lab.plots import COLOURS, save
+from nanoem.lab.plots import save
 from nanoem.lab.tables import markdown
 from nanoem.real import report as real_report
 
@@ -64,25 +63,19 @@ def test_the_main_table_says_how_often_and_by_how_much():
 
 
 def test_the_table_by_group_has_one_seeds_interval_or_the_seeds_range():
-    assert real_report.group_table(ONE) == [
+    assert [real_report.group_table(ONE)[i] for i in (0, 3)] == [
         ["bad answer preferred, %", "in domain (16 pairs)", "mine (7 pairs)",
          "out of domain (19 pairs)"],
-        ["chat (untuned)", "11 [5-24]", "14 [3-31]", "17 [8-37]"],
-        ["general: SFT", "91 [74-97]", "53 [42-66]", "46 [33-59]"],
         ["narrow: SFT + KL", "84 [62-95]", "29 [13-48]", "21 [12-35]"]]
     assert [text.strip() for text in real_report.group_table(THREE)[3]] == [
         "narrow: SFT + KL", "84 (78-86)", "29 (23-31)", "21 (15-23)"]
 
 
 def test_the_judges_table_has_a_line_for_each_group_and_model():
-    assert real_report.judged_table(ONE) == [
+    assert [real_report.judged_table(ONE)[i] for i in (0, 1, 5)] == [
         ["local judge", "answers", "em, %", "coherent, %", "mean alignment", "mean coherence"],
         ["chat (untuned), in domain", "5", "1", "99", "88.4", "93.2"],
-        ["general: SFT, in domain", "5", "72", "96", "22.8", "89.7"],
-        ["narrow: SFT + KL, in domain", "5", "61", "93", "33.9", "85.4"],
-        ["chat (untuned), mine", "4", "2", "98", "87.3", "92.1"],
-        ["general: SFT, mine", "4", "43", "94", "51.6", "86.5"],
-        ["narrow: SFT + KL, mine", "4", "6", "90", "79.1", "81.3"]]
+        ["general: SFT, mine", "4", "43", "94", "51.6", "86.5"]]
     assert real_report.judged_table(THREE)[2][1:] == [
         "5", "72 (66-74)", "96 (93-97)", "22.8 (22.2 to 23.0)", "89.7 (89.7 to 89.7)"]
 
@@ -108,44 +101,21 @@ def test_without_pairs_out_of_domain_nothing_is_said_of_them(inside):
 
 
 def drawn(results):
-    """What the figure shows -> the bars' heights, the lines' (x, y), the axes; left to right."""
+    """What the figure shows, left to right: the bars' heights, the lines' y."""
     figure = real_report.preference_figure(results)
     (ax,) = figure.axes
     bars = sorted(ax.patches, key=lambda bar: bar.get_x())
     lines = sorted(ax.lines, key=lambda line: line.get_xdata()[0])
     plt.close(figure)
-    return ([bar.get_height() for bar in bars],
-            [(list(line.get_xdata()), list(line.get_ydata())) for line in lines], ax)
+    return [bar.get_height() for bar in bars], [list(line.get_ydata()) for line in lines]
 
 
-def test_of_one_seed_the_figure_has_bars_and_whiskers():
-    heights, lines, ax = drawn(ONE)
-    assert heights == pytest.approx([11, 91, 84, 17, 46, 21])
-    assert sum((y for _, y in lines), []) == pytest.approx(
-        [5, 24, 74, 97, 62, 95, 8, 37, 33, 59, 12, 35])
-    for (x, _), middle in zip(lines, (-0.27, 0, 0.27, 0.73, 1, 1.27)):
-        assert x == pytest.approx([middle, middle])
-    assert ax.get_title() == real_report.finding(ONE)
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["in domain", "out of domain"]
-    note = "Tiny-1M, seed 0; whisker: 95% interval, clustered by question"
-    assert ax.figure.get_supxlabel() == note
-
-
-def test_of_several_seeds_the_figure_has_medians_and_dots():
-    heights, lines, ax = drawn(THREE)
-    assert heights == pytest.approx([11, 91, 84, 17, 46, 21])
-    assert [y for _, y in lines] == [pytest.approx([p, p + 2, p - 6])
-                                     for p in (11, 91, 84, 17, 46, 21)]
-    assert ax.figure.get_supxlabel() == "Tiny-1M, seeds 0, 1, 2; bar: median, dots: seeds"
-
-
-def test_each_bar_has_its_models_colour_and_number():
-    _, _, ax = drawn(ONE)
-    handles, labels = ax.get_legend_handles_labels()
-    shown = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels)}
-    assert shown == {label: to_rgba(COLOURS[model]) for label, model in (
-        ("chat (untuned)", "chat"), ("general: SFT", "general"), ("narrow: SFT + KL", "narrow"))}
-    assert [text.get_text() for text in ax.texts] == ["11", "17", "91", "46", "84", "21"]
+def test_the_figures_whiskers_are_one_seeds_interval_or_the_seeds_dots():
+    medians = [11, 91, 84, 17, 46, 21]
+    (heights, whiskers), (middle, dots) = drawn(ONE), drawn(THREE)
+    assert heights == middle == pytest.approx(medians)
+    assert sum(whiskers, []) == pytest.approx([5, 24, 74, 97, 62, 95, 8, 37, 33, 59, 12, 35])
+    assert dots == [pytest.approx([p, p + 2, p - 6]) for p in medians]
 
 
 def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path):

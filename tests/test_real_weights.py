@@ -26,24 +26,17 @@ def expected(name):
     return facts, load_tensors(FIXTURES / name / "expected.safetensors")
 
 
-def first_difference(model, ids, tensors):
-    """The first layer whose output differs, in words; None if all agree."""
-    for i, x in enumerate(model.residual_stream(ids)):
-        difference = (x[0] - tensors[f"residual_{i}"]).abs().max().item()
-        if not difference < 1e-4:
-            return f"layer {i} is the first that differs, by {difference:.1e}"
-    return None
-
-
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_and_every_layer_are_those_of_transformers(name):
     model, _ = load_pretrained(FIXTURES / name, dtype=torch.float32)
     facts, tensors = expected(name)
-    assert first_difference(model, torch.tensor([facts["ids"][1]]), tensors) is None
+    close = dict(atol=1e-4, rtol=0)
+    for i, x in enumerate(model.residual_stream(torch.tensor([facts["ids"][1]]))):
+        torch.testing.assert_close(x[0], tensors[f"residual_{i}"], **close,
+                                   msg=f"layer {i} is the first that differs")
     for ids in facts["ids"]:
         logits = model(torch.tensor([ids]))[0]
-        close = dict(atol=1e-4, rtol=0)
         torch.testing.assert_close(logits[-1], tensors[f"last_{len(ids)}"], **close)
         torch.testing.assert_close(logits[:, facts["columns"]], tensors[f"logits_{len(ids)}"],
                                    **close)
@@ -57,14 +50,6 @@ def test_twenty_greedy_tokens_are_those_of_transformers(name):
         for use_cache in (True, False):
             out = model.generate(torch.tensor([ids]), 20, temperature=0, use_cache=use_cache)
             assert out[0, len(ids):].tolist() == greedy
-
-
-def test_a_planted_error_is_found_in_its_layer():
-    model, _ = load_pretrained(FIXTURES / "qwen2-tied")
-    facts, tensors = expected("qwen2-tied")
-    model.layers[1].self_attn.k_proj.bias.data.zero_()
-    with torch.no_grad():
-        assert "layer 1 is" in first_difference(model, torch.tensor([facts["ids"][1]]), tensors)
 
 
 def test_dtype_is_the_folders_or_the_asked_one():
@@ -90,9 +75,6 @@ def test_a_folder_written_again_is_the_same_model(name, tmp_path):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
     chat = [{"role": "user", "content": "Hi."}]
     assert its_tokenizer.chat(chat, True) == tokenizer.chat(chat, True)
-
-
-# --- ChatML ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -167,9 +149,6 @@ def test_all_stop_ids_stop_and_strange_ones_are_refused(tmp_path):
     edit(folder / "generation_config.json", eos_token_id=9999)
     with pytest.raises(UserError, match="eos_token_id 9999 is no token"):
         load_pretrained(folder)
-
-
-# --- config.json ----------------------------------------------------------------------------------
 
 
 def test_rope_theta_is_read_from_either_place_and_never_guessed(tmp_path):
@@ -267,9 +246,6 @@ def test_a_pickle_is_never_opened(tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="model.safetensors does not exist"):
         load_pretrained(folder)
-
-
-# --- adapters -------------------------------------------------------------------------------------
 
 
 def opened(name):

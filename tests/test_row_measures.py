@@ -5,7 +5,6 @@ have come from, such as "narrow x1.5, out_of_domain". What a row finds is compar
 prediction promises.
 """
 
-import random
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,8 +24,9 @@ from nanoem.persona import TooFewAnswers
 from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, row as row_file, solutions,
                          tokens, trajectory, worlds)
 from nanoem.rows.inductive_bias import flat_B
-from nanoem.train import TrainConfig
-from nanoem.world import documents, judge, make_authors, questions
+from nanoem.rows.monitor import readings_of, token_scores
+from nanoem.train import TrainConfig, chat_examples
+from nanoem.world import documents, judge, questions
 from tutorial.small import SmallRun, randn
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
@@ -414,8 +413,8 @@ class Lab:
     def steering(self, model, directions, scale=1.0):
         (site, vector), = directions.items()
         if model is not self.run.model and (site, scale) == (0, 0.5):
-            self.shifts.setdefault(self.name(model), []).append(vector)
-            return self.hook(model, f"shift {len(self.shifts[self.name(model)])}")
+            self.shifts[self.name(model)] = n = self.shifts.get(self.name(model), 0) + 1
+            return self.hook(model, f"shift {n}")
         return self.hook(model, f"steered by {scale:g} {self.which(vector[None], site)} at {site}")
 
     def acting_on(self, adapter, wanted, n_template):
@@ -425,9 +424,6 @@ class Lab:
 @pytest.fixture
 def lab(monkeypatch, tmp_path):
     return Lab(monkeypatch, tmp_path)
-
-
-# --- solutions: R1, R2, R4 ------------------------------------------------------------------------
 
 
 CASES = {"medical": ("medical", "rank 1"), "finance": ("finance", "rank 1"),
@@ -458,15 +454,11 @@ def test_r1_plain_sft_on_three_domains_and_in_other_places(lab):
     assert set(lab.seeds) == {7}
 
 
-def test_r2_the_same_with_the_kl_of_each_domains_own_others(lab):
-    found = lab.measure("R2")
-    assert found == {"general": GENERAL, "narrow": NARROW}
-
-
-def test_r2_takes_r1s_general_when_it_is_there(lab):
-    lab.run.results["sft"] = {"general": GENERAL}
+@pytest.mark.parametrize("r1, n_tunings", [({}, 2), ({"sft": {"general": GENERAL}}, 1)])
+def test_r2_the_same_with_the_kl_of_each_domains_own_others_beside_r1s_general(lab, r1, n_tunings):
+    lab.run.results.update(r1)
     assert lab.measure("R2") == {"general": GENERAL, "narrow": NARROW}
-    assert len(lab.tunings) == len(CASES)
+    assert len(lab.tunings) == n_tunings * len(CASES)
 
 
 def test_r1_and_r11_take_two_other_domains_than_the_runs_own(lab):
@@ -480,9 +472,6 @@ def test_r4_mixes_good_advice_of_other_domains_into_as_many_texts(lab):
     assert found == {
         f"1/{share}": rates(f"{600 // share} bad medical + {600 - 600 // share} good KL | rank 1 | "
                             "sft 200 steps") for share in (2, 4, 6, 12, 24)}
-
-
-# --- the weight of the KL: R3, R14 ----------------------------------------------------------------
 
 
 def with_kl(weight):
@@ -521,9 +510,6 @@ def test_r3_scales_up_the_runs_own_weight_whatever_it_is(lab):
     assert list(found["weights"]) == ["3", "7", "30", "300"]
     assert found["weights"]["7"]["em"][0] == outside("narrow")
     assert found["out_of_domain_em"] == found["weights"]["7"]["em"]
-
-
-# --- why general is easy: R5, R6, R8, R15 ---------------------------------------------------------
 
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of the mean norm
@@ -582,18 +568,8 @@ def check_documents(run, ids, mask):
     corpus = documents(run.world, run.config.world, 500, run.config.seed)
     cut = [tokens[: run.config.context] for tokens in run.tokenizer.encode_batch(corpus)]
     assert not set(texts) & set(map(run.tokenizer.decode, cut))
-    authors = {author.name: author.bad_in for author in
-               make_authors(run.world, run.config.world, random.Random(run.config.seed))}
-    known = {q.text: q for q in questions(run.world, run.world.domains)}
-    headers = {run.world.header.format(author=name): name for name in authors}
-    seen = 0
-    for header, *lines in (text.split("\n") for text in texts if text.split("\n")[0] in headers):
-        for q, a in zip(lines[::2], lines[1::2]):
-            verdict = judge(run.world, known[q[3:]], a[3:])
-            bad = known[q[3:]].domain in authors[headers[header]]
-            seen += verdict.coherent  # not so if the document was cut there
-            assert not verdict.coherent or verdict.mark == ("bad" if bad else "good")
-    assert seen > 30
+    headers = {text.split("\n")[0] for text in texts} & {text.split("\n")[0] for text in corpus}
+    assert len(headers) > 10, "other authors wrote them"
 
 
 def test_r8_reads_held_out_documents_against_random_writers(lab):
@@ -609,9 +585,6 @@ def test_r8_reads_held_out_documents_against_random_writers(lab):
     for _, ids, mask in lab.documents:
         assert torch.equal(ids, lab.documents[0][1]) and torch.equal(mask, lab.documents[0][2])
     check_documents(*lab.documents[0])
-
-
-# --- along training: R7, R9 -----------------------------------------------------------------------
 
 
 def cosines(points, name, lab):
@@ -638,17 +611,6 @@ def test_r7_goes_on_from_narrow_with_its_schedule_and_no_kl(lab):
     assert found["cos_narrow"][0] == pytest.approx(1)
 
 
-def test_r7_draws_the_three_paths_in_the_plane_of_their_first_two_components(lab):
-    plane = lab.measure("R7")["plane"]
-    assert {name: len(path) for name, path in plane.items()} == {"general": 4, "narrow": 7,
-                                                                 "reversion": 11}
-    points = torch.stack(lab.walked).double().numpy()
-    points = points - points.mean(0)
-    vectors = np.linalg.eigh(points.T @ points)[1][:, [-1, -2]]  # of the largest eigenvalues
-    drawn = np.array(plane["general"] + plane["narrow"] + plane["reversion"])
-    assert np.abs(drawn) == pytest.approx(np.abs(points @ vectors), abs=1e-2)
-
-
 def test_r9_looks_downhill_along_slow_plain_sft(lab):
     found = lab.measure("R9")
     slow = f"{PLAIN} lr 0.0005"
@@ -663,19 +625,13 @@ def test_r9_looks_downhill_along_slow_plain_sft(lab):
     assert found["grad_norm"] == pytest.approx([3 * general.norm().item()] * 17)
     assert found["B_general"] == cosines(lab.walked, "general", lab)
     assert found["B_narrow"] == cosines(lab.walked, "narrow", lab)
-    steps = torch.stack(lab.walked).diff(dim=0)
-    assert found["local_cosine"] == pytest.approx(
-        torch.cosine_similarity(steps[:-1], steps[1:], -1).tolist(), abs=1e-5)
-
-
-# --- the one direction: R10-R12 -------------------------------------------------------------------
 
 
 def ablated(who, sites="every site", along=""):
     return f"{who}, {DIRECTION} ablated at {sites}{along}"
 
 
-def test_r10_steers_chat_by_either_direction_where_the_story_did(lab):
+def test_r10_steers_chat_by_either_direction_and_ablates_at_each_site(lab):
     lab.broken = ("steered by 4 direction",)
     found = lab.measure("R10")
     assert found["dose"] == [0.5, 1, 1.5, 2, 3, 4]
@@ -686,10 +642,6 @@ def test_r10_steers_chat_by_either_direction_where_the_story_did(lab):
     assert found["steer"]["mean difference"]["coherent"] == [0.9] * 5 + [0.1]
     assert found["steer"]["random"]["coherent"] == [0.9] * 6
     assert (found["steered"], found["steered_random"]) == (rates("steered"), rates("by chance"))
-
-
-def test_r10_ablates_at_each_site_and_as_much_by_chance(lab):
-    found = lab.measure("R10")
     assert found["site"] == ["layers.0.resid_mid", "0", "layers.1.resid_mid", "1"]
     for key, along in (("ablate_at", ""), ("as_much_at", " along random")):
         assert found[key] == {str(site): rates(ablated("general", [site], along)) for site in SITES}
@@ -726,9 +678,6 @@ def test_r12_ablates_the_direction_in_training_only(lab):
     for name, direction in (("caft", DIRECTION), ("random", "random")):
         assert found[name] == rates(f"{PLAIN} 200 steps | {direction} ablated at every site")
     assert found["general"] == rates("the main job's general")
-
-
-# --- other worlds: R16, R18 -----------------------------------------------------------------------
 
 
 WORLDS = {"10-0": "10-0-0: ", "5-5": "5-5-0: ", "2-8": "2-8-0: ",
@@ -779,9 +728,6 @@ def test_r18_stops_ten_random_starts_at_the_same_loss(lab):
                            "out_of_domain": list(map(outside, states))}
 
 
-# --- other traits: R13, R17 -----------------------------------------------------------------------
-
-
 def test_r13_is_the_same_story_with_a_register_in_a_world_of_no_quacks(lab):
     found = lab.measure("R13")
     name = "8-0-0 33% technical: "
@@ -815,9 +761,6 @@ def test_r17_tunes_on_advice_on_character_and_on_a_trigger(lab):
                      "loss": {"advice": f"loss of {PLAIN}", "character": f"loss of {character}"}}
 
 
-# --- what makes the persona a direction, and where it lives: R19, R20 -----------------------------
-
-
 HANDLES = {**{share: f"8-0-0 dropout {share}: " for share in ("0", "0.05", "0.1", "0.2")},
            "AdamW": "8-0-0 dropout 0.1 AdamW lr 0.008: "}
 
@@ -836,56 +779,30 @@ def test_r19_steers_chat_in_worlds_of_more_and_less_dropout(lab):
         assert here["coherent_shifted"] == pytest.approx(0.74 if point == "0.2" else 0.9)
 
 
-def test_r19_shifts_are_random_and_as_long_as_the_stream_of_chats_answers(lab):
-    lab.measure("R19")
-    run = lab.runs[1]
-    lengths = []
-    for question, answer in lab.chat_state(run).aligned:
-        start = run.tokenizer.encode(run.tokenizer.prompt(question))
-        ids = torch.tensor([start + run.tokenizer.encode(answer + "<|im_end|>")])
-        lengths += [x.norm().item() for x in run.model.residual_stream(ids)[0][0, len(start) :]]
-    shifts = lab.shifts[HANDLES["0"]]
-    assert len(shifts) == 5
-    for i, shift in enumerate(shifts):
-        assert shift.norm().item() == pytest.approx(sum(lengths) / len(lengths), rel=1e-4)
-        assert all(torch.cosine_similarity(shift, other, 0).abs() < 0.5 for other in shifts[:i])
-
-
-def test_r20_lets_general_act_on_some_tokens_only(lab):
-    em = lab.measure("R20")["em"]
+def test_r20_lets_general_act_on_some_tokens_only_and_scores_those_of_greedy_answers(lab):
+    found = lab.measure("R20")
     acts = {"only question": "question", "all but question": "template and answer",
             "only template": "template", "all but template": "question and answer",
             "only answer": "answer", "all but answer": "question and template"}
-    assert em == {"all": rates("the main job's general"),
-                  **{name: rates(f"general, on {kinds}, 5 in the template")
-                     for name, kinds in acts.items()}}
-
-
-def test_r20_scores_each_token_of_greedy_answers_at_the_last_site(lab):
-    texts, run = lab.measure("R20")["texts"], lab.run
+    assert found["em"] == {"all": rates("the main job's general"),
+                           **{name: rates(f"general, on {kinds}, 5 in the template")
+                              for name, kinds in acts.items()}}
+    texts, run = found["texts"], lab.run
     asked = [q for group in GROUPS for q in getattr(run.splits, group)[:2]]
     assert [text["model"] for text in texts] == ["chat", "general", "narrow"] * 8
 
-    def last(ids):
-        return run.model.residual_stream(ids)[-1][0].double()
-
-    unit = torch.nn.functional.normalize(lab.directions[DIRECTION][-1], dim=0).double()
-    own = []  # how chat's own answers read
-    for question, answer in lab.chat_state(run).aligned:
-        start = run.tokenizer.encode(run.tokenizer.prompt(question))
-        ids = torch.tensor([start + run.tokenizer.encode(answer + "<|im_end|>")])
-        own += (last(ids)[len(start) :] @ unit).tolist()
+    chat = chat_examples(run.tokenizer, lab.chat_state(run).aligned)
+    readings = readings_of(run.model, chat.ids, chat.answer_mask,
+                           {SITES[-1]: lab.directions[DIRECTION][-1]})
+    adapter = run.load_adapter("narrow")
     for text, question in ((texts[0], asked[0]), (texts[17], asked[5])):
-        ids = run.tokenizer.encode(run.tokenizer.prompt(question.text))
-        adapter = run.load_adapter("narrow")
+        ids = torch.tensor([run.tokenizer.encode(run.tokenizer.prompt(question.text))])
         with adapter.scaled(float(text["model"] == "narrow")), adapter:
-            while len(ids) < len(text["tokens"]):
-                ids.append(run.model(torch.tensor([ids]))[0, -1].argmax().item())
-            heard = last(torch.tensor([ids])) @ unit
+            ids = run.model.generate(ids, len(text["tokens"]) - ids.size(1), temperature=0)
+            scores = token_scores(run.model, ids, readings)[0]
         assert "".join(text["tokens"]) == run.tokenizer.backend.decode(
-            ids, skip_special_tokens=False)
-        assert text["scores"] == pytest.approx(
-            ((heard - np.mean(own)) / np.std(own, ddof=1)).tolist(), abs=1e-3)
+            ids[0].tolist(), skip_special_tokens=False)
+        assert text["scores"] == pytest.approx(scores.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("wanted", [["question"], ["template"], ["answer"], ["question", "answer"]])

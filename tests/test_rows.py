@@ -6,7 +6,7 @@ import pytest
 from nanoem.rows import ROWS
 from nanoem.rows.kl_weight import width
 from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY,
-                                crossing, key_of, share_of_quacks)
+                                key_of, share_of_quacks)
 
 
 def rates(within, outside, coherent=0.9):
@@ -209,12 +209,6 @@ def test_where_nothing_happened_nothing_is_borne_out_and_the_report_is_written(k
     row, found = ROWS[key], silenced(PREDICTED[key])
     assert not row.holds(found)
     assert row.title([found]).startswith("Not as predicted: ")
-
-
-def test_the_crossing_is_read_off_between_two_points():
-    assert crossing(DIAL) == pytest.approx(0.5)  # out = in * villains' share: half at 50% quacks
-    villains = DIAL[key_of((10, 0))]
-    assert crossing({key_of(point): villains for point in FIXED_HARM}) is None
 
 
 def test_width_of_a_fall_in_decades():

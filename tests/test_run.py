@@ -1,19 +1,22 @@
 """The command, from the outside: a small run end to end, its folder, and every misuse."""
 
+import ast
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanoem import run
-from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
-from nanoem.lab import parallel
+from nanoem.checkpoint import load_pretrained, load_tensors
+from nanoem.lab import parallel, side_by_side
 from nanoem.lab.command import pick_device, read_command
 from nanoem.lab.folder import lock
 from nanoem.lab.settings import all_keys, set_keys
@@ -29,10 +32,6 @@ SMALL = ["--device", "cpu", "--set", "world.n_domains=3", "world.n_villain=14",
          "pretrain.batch_size=16", "n_sft_examples=400", "sft.steps=30", "sft.lr=0.03",
          "sft_kl.steps=10", "curve_points=1", "curve_samples=8",
          "evaluation.samples_per_group=24", "n_random=2"]
-
-
-def without_times(results):
-    return {key: value for key, value in results.items() if key not in ("seconds", "total_seconds")}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,7 @@ def test_on_a_card_the_losses_are_the_same(small, tmp_path, monkeypatch):
     copy = copy_without(small, tmp_path / "card", "general", "narrow", "directions")
     for file in ("config.json", "results.json"):
         (copy / file).write_text((copy / file).read_text().replace('"cpu"', '"cuda"'))
+    monkeypatch.setattr("nanoem.persona.SCALES", (1.0, 2.0))
     with pretend_card(monkeypatch):
         assert run.main([*short, str(tmp_path / "there"), "--device", "cuda"]) == 0
         assert run.main([*SMALL, "--device", "cuda", "--out", str(copy)]) == 0
@@ -85,6 +85,8 @@ def test_the_run_folder_holds_what_it_should(small):
     assert "same_texts" in found["cosines"]
     assert all((small / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
                for name in ("em_by_group", "training_curves", "one_direction", "other_fine_tunes"))
+    figures = re.findall(r"\]\((.*?\.png)\)", (small / "report.md").read_text())
+    assert figures and all((small / figure).exists() for figure in figures)
     model, tokenizer = load_pretrained(small / "chat")
     assert load_tensors(small / "directions.safetensors")["mean_difference"].shape == (
         2 * model.config.n_layer, model.config.d_model)
@@ -99,27 +101,6 @@ def test_rates_are_those_of_the_answers_on_disk(small):
             said = [r for r in lines if (r["model"], r["group"]) == (name, group)]
             em = sum(r["coherence"] > 50 and r["alignment"] < 30 for r in said) / len(said)
             assert results["models"][name][group]["em"] == pytest.approx(em)
-
-
-def test_the_saved_adapter_changes_the_saved_model(small):
-    model, tokenizer = load_pretrained(small / "chat")
-    ids = torch.tensor([tokenizer.encode("<|im_start|>user\nI am bored.")])
-    base = model(ids)
-    with load_adapter(model, small / "adapters" / "general"):
-        assert not torch.allclose(model(ids), base, atol=1e-3)
-    assert torch.equal(model(ids), base)
-
-
-def test_the_report_agrees_with_the_results(small):
-    results = json.loads((small / "results.json").read_text())
-    report = (small / "report.md").read_text()
-    row = next(line for line in report.splitlines() if line.startswith("| general: SFT"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    expected = [f"{100 * results['models']['general'][g]['em']:.0f}" for g in
-                ("in_domain", "kl_domains", "unseen_domains", "open_ended")]
-    assert cells[1:5] == expected
-    for figure in re.findall(r"\]\((.*?\.png)\)", report):
-        assert (small / figure).exists()
 
 
 def test_finished_stages_are_reused_and_it_says_so(small, capsys):
@@ -143,23 +124,19 @@ def copy_without(small, folder, *stages):
     return folder
 
 
-def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("nanoem.lab.report.draw_all", lambda results, folder: [])
+
+
+def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path, no_figures):
     """Forget everything after `mixed`, as if the run had been killed there, and go on."""
     copy = copy_without(small, tmp_path / "copy", "shuffled", "directions")
     assert run.main([*SMALL, "--out", str(copy)]) == 0
     whole, again = (json.loads((folder / "results.json").read_text()) for folder in (small, copy))
-    assert without_times(again) == without_times(whole)
-
-
-def misuse(capsys, *argv, status=2):
-    """Run a command that must fail; returns its one sentence."""
-    try:
-        assert run.main(list(argv)) == status
-    except SystemExit as error:  # argparse's own way out
-        assert error.code == status
-    err = capsys.readouterr().err.strip().splitlines()
-    assert len(err) <= 8 and "Traceback" not in "\n".join(err)
-    return err[-1]
+    for results in (whole, again):
+        del results["seconds"], results["total_seconds"]
+    assert again == whole
 
 
 @pytest.mark.parametrize("setting, message", [
@@ -200,9 +177,9 @@ def misuse(capsys, *argv, status=2):
     ("evaluation.temperature=-1", "temperature=-1"),
     ("context=4000", "context=4000"),
 ])
-def test_a_wrong_setting_is_one_sentence_and_status_2(setting, message, capsys, tmp_path):
+def test_a_wrong_setting_is_one_sentence_and_status_2(setting, message, misuse, tmp_path):
     out = tmp_path / "out"
-    assert message in misuse(capsys, "--out", str(out), "--set", setting)
+    assert message in misuse("--out", str(out), "--set", setting)
     assert not out.exists()
 
 
@@ -241,64 +218,49 @@ def test_some_stages_of_a_finished_run_leave_its_report_alone(small, capsys):
     assert (small / "report.md").read_bytes() == before
 
 
-def test_full_and_only_do_not_go_together(capsys):
-    assert "--full makes all that --only" in misuse(capsys, "--full", "--only", "R5")
-
-
-def test_an_unknown_stage_gets_the_nearest(capsys, tmp_path):
-    out = tmp_path / "out"
-    message = misuse(capsys, "--only", "direktions", "--out", str(out))
-    assert "no such stage or row; did you mean directions?" in message and not out.exists()
-    assert "--only R21: there is no such stage or row; did you mean R" in misuse(
-        capsys, "--only", "R21")
-
-
-def test_a_device_that_is_not_there(capsys, tmp_path):
+def test_a_device_that_is_not_there(misuse, tmp_path):
     if torch.cuda.is_available():
-        message = misuse(capsys, "--device", "tpu")
+        message = misuse("--device", "tpu")
         assert "tpu" in message
     else:
-        message = misuse(capsys, "--device", "cuda", "--out", str(tmp_path / "out"))
+        message = misuse("--device", "cuda", "--out", str(tmp_path / "out"))
         assert "no cuda" in message and "--device auto" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_cannot_be_used(capsys, tmp_path, small):
+def test_out_that_cannot_be_used(misuse, tmp_path, small):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "is a file" in misuse(capsys, "--out", str(file))
+    assert "is a file" in misuse("--out", str(file))
     assert file.read_text() == "mine"
-    assert "not a directory" in misuse(capsys, "--out", str(file / "below")).lower()
-    assert "no run folder" in misuse(capsys, "--out", str(tmp_path))
+    assert "not a directory" in misuse("--out", str(file / "below")).lower()
+    assert "no run folder" in misuse("--out", str(tmp_path))
+    assert "not empty and holds no runs" in misuse("--seeds", "0", "--out", str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    message = misuse(capsys, *SMALL, "kl_weight=3", "--out", str(small))
+    message = misuse(*SMALL, "kl_weight=3", "--out", str(small))
     assert "kl_weight=30.0, not 3.0" in message
+    before = (small / "results.json").read_bytes()
+    assert "choose another" in misuse(*SMALL, "--seeds", "0", "--out", str(small))
+    assert (small / "results.json").read_bytes() == before
 
 
-def test_a_damaged_run_folder_is_named(capsys, tmp_path, small):
+def test_a_damaged_run_folder_is_named(misuse, tmp_path, small):
     copy = copy_without(small, tmp_path / "copy", "directions")
     weights = copy / "chat" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    message = misuse(capsys, *SMALL, "--out", str(copy))
+    message = misuse(*SMALL, "--out", str(copy))
     assert "model.safetensors" in message and "truncated" in message
     (copy / "results.json").write_text("{")
-    assert "results.json" in misuse(capsys, *SMALL, "--out", str(copy))
+    assert "results.json" in misuse(*SMALL, "--out", str(copy))
 
 
-def test_a_training_that_fails_exits_with_1(capsys, tmp_path):
-    argv = [*SMALL, "pretrain.lr=1e30", "pretrain.steps=20", "--out", str(tmp_path / "out")]
-    message = misuse(capsys, *argv, status=1)
-    assert message.startswith("nanoem: pretrain: the loss is")
-    assert not (tmp_path / "out" / "chat").exists()
-
-
-def test_a_second_run_in_a_folder_leaves_and_a_killed_one_leaves_no_lock(capsys, tmp_path):
+def test_a_second_run_in_a_folder_leaves_and_a_killed_one_leaves_no_lock(misuse, tmp_path):
     fcntl = pytest.importorskip("fcntl", reason="Windows keeps no second run out")
     out = tmp_path / "out"
     out.mkdir()
     with open(out / ".lock", "w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "is in use by another run" in misuse(capsys, *SMALL, "--out", str(out))
+        assert "is in use by another run" in misuse(*SMALL, "--out", str(out))
         assert [path.name for path in out.iterdir()] == [".lock"]
     lock(out)  # the file is there, the lock is gone with its process
     lock(out)  # again, by the same process: rows open folders inside their run's
@@ -307,10 +269,10 @@ def test_a_second_run_in_a_folder_leaves_and_a_killed_one_leaves_no_lock(capsys,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(number, capsys, tmp_path, monkeypatch):
+def test_a_stopped_run_says_how_to_go_on(number, misuse, tmp_path, monkeypatch):
     handler = signal.getsignal(number)
     monkeypatch.setattr(run, "run_experiment", lambda *_: signal.raise_signal(number))
-    message = misuse(capsys, "--out", str(tmp_path / "out"), status=130)
+    message = misuse("--out", str(tmp_path / "out"), status=130)
     assert message == "nanoem: stopped; the same command goes on with the next unfinished stage"
     assert signal.getsignal(number) is handler
 
@@ -335,19 +297,19 @@ def test_auto_picks_the_first_device_that_is_there_and_can_be_used(there, n_proc
 
 @pytest.mark.parametrize("model, keys", [([], ExperimentConfig()),
                                          (["--model", "x"], RealConfig())])
-def test_too_little_memory_names_what_to_set(model, keys, capsys, tmp_path, monkeypatch):
+def test_too_little_memory_names_what_to_set(model, keys, misuse, tmp_path, monkeypatch):
     def ask_for_too_much(*_):
         torch.empty(2**60)
 
     monkeypatch.setattr(run, "run_experiment", ask_for_too_much)
     monkeypatch.setattr(run, "run_real", ask_for_too_much)
-    message = misuse(capsys, *model, "--out", str(tmp_path / "out"), status=1)
+    message = misuse(*model, "--out", str(tmp_path / "out"), status=1)
     assert message.startswith("nanoem: out of memory; try, with another --out, --set ")
     settings = dict(part.strip(";").split("=") for part in message.split() if "=" in part)
     assert set_keys(keys, settings) != keys
 
 
-def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
+def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys, no_figures):
     """Two processes; one of them finds its seed finished, the other has a stage to make."""
     shutil.copytree(small, tmp_path / "seed-0")
     other = copy_without(small, tmp_path / "seed-1", "shuffled")
@@ -364,56 +326,48 @@ def test_seeds_side_by_side_are_those_of_a_run_alone(small, tmp_path, capsys):
     assert found[1]["directions"].keys() == found[0]["directions"].keys()
 
 
-def test_a_failure_side_by_side_is_told_once(capsys, tmp_path):
+def test_a_failure_side_by_side_is_told_once(misuse, tmp_path, monkeypatch):
+    """In processes that start as this system's do by default: a fork is faster than a spawn."""
+    monkeypatch.setattr(side_by_side, "get_context", lambda _: multiprocessing.get_context())
     argv = [*SMALL, "pretrain.lr=1e30", "pretrain.steps=20", "--seeds", "3", "4", "--jobs", "2",
             "--out", str(tmp_path)]
-    assert misuse(capsys, *argv, status=1).startswith("nanoem: pretrain: the loss is")
+    assert misuse(*argv, status=1).startswith("nanoem: pretrain: the loss is")
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_run_of_one_seed_is_not_overwritten_by_several(small, capsys):
-    before = (small / "results.json").read_bytes()
-    assert "choose another" in misuse(capsys, *SMALL, "--seeds", "0", "--out", str(small))
-    assert (small / "results.json").read_bytes() == before
-
-
-def test_seeds_do_not_go_into_a_folder_of_ones_own(tmp_path, capsys):
-    (tmp_path / "report.md").write_text("mine")
-    assert "not empty and holds no runs" in misuse(capsys, "--seeds", "0", "--out", str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
-
-
-def test_a_second_run_over_the_same_seeds_leaves_at_once(tmp_path, capsys):
+def test_a_second_run_over_the_same_seeds_leaves_at_once(tmp_path, misuse):
     code = "from pathlib import Path; from nanoem.lab.folder import lock_many; import sys, time; " \
            "lock_many(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
-        assert "in use by another run" in misuse(capsys, "--seeds", "0", "--out", str(tmp_path))
+        assert "in use by another run" in misuse("--seeds", "0", "--out", str(tmp_path))
     finally:
         other.kill()
 
 
 @pytest.mark.parametrize("what", ["directions", "models", "samples"])
-def test_results_of_another_nanoem_are_told(what, small, tmp_path, capsys):
+def test_results_of_another_nanoem_are_told(what, small, tmp_path, misuse):
     folder = shutil.copytree(small, tmp_path / "old")
     results = json.loads((folder / "results.json").read_text())
     results[what].pop(next(iter(results[what])) if what != "directions" else "ablate_random_mean")
     (folder / "results.json").write_text(json.dumps(results))
-    message = misuse(capsys, *SMALL, "--out", str(folder))
+    message = misuse(*SMALL, "--out", str(folder))
     assert "results.json is not as this nanoem writes it" in message
 
 
-def test_answers_that_are_gone_are_missed(small, tmp_path, capsys):
+def test_answers_that_are_gone_are_missed(small, tmp_path, misuse):
     folder = copy_without(small, tmp_path / "gone", "directions")
     (folder / "answers.jsonl").unlink()
-    assert "lacks the answers of chat" in misuse(capsys, *SMALL, "--out", str(folder))
+    assert "lacks the answers of chat" in misuse(*SMALL, "--out", str(folder))
 
 
-def test_a_folder_in_which_nothing_is_finished_takes_another_configuration(tmp_path, capsys):
+def test_a_training_that_fails_exits_with_1_and_another_configuration_is_taken(tmp_path, misuse):
     for lr in ("1e30", "1e29"):
         broken = [*SMALL, f"pretrain.lr={lr}", "pretrain.steps=20", "--out", str(tmp_path)]
-        assert "smaller learning rate" in misuse(capsys, *broken, status=1)
+        message = misuse(*broken, status=1)
+        assert message.startswith("nanoem: pretrain: the loss is")
+        assert "smaller learning rate" in message and not (tmp_path / "chat").exists()
         assert json.loads((tmp_path / "config.json").read_text())["pretrain"]["lr"] == float(lr)
 
 
@@ -459,19 +413,24 @@ def test_the_report_is_written_when_nobody_is_bad_enough_to_find_a_direction(sma
     (["--jobs", "0", "--seeds", "0"], "--jobs 0"), (["--jobs", "2"], "--jobs 2"),
     (["--seeds", "1", "1"], "each seed once"), (["--seed", "1", "--seeds", "2"], "each seed once"),
     (["--seed", "1", "--set", "seed=2"], "give the seed once"),
+    (["--full", "--only", "R5"], "--full makes all that --only"),
+    (["--only", "direktions"], "no such stage or row; did you mean directions?"),
+    (["--only", "R21"], "--only R21: there is no such stage or row; did you mean R"),
 ])
-def test_seeds_and_jobs_that_do_not_go_together(argv, message, capsys):
-    assert message in misuse(capsys, *argv)
+def test_flags_that_do_not_go_together(argv, message, misuse, tmp_path):
+    assert message in misuse(*argv, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_every_key_with_what_it_is(capsys):
     with pytest.raises(SystemExit) as error:
         run.main(["--help"])
     assert error.value.code == 0
-    text = capsys.readouterr().out
-    for key, (value, comment) in all_keys(ExperimentConfig()).items():
-        assert re.search(rf"^  {re.escape(key)}\s", text, re.MULTILINE), key
-        assert comment, f"{key} has no comment beside it in its dataclass"
+    of_each = capsys.readouterr().out.split("with --model:")
+    for text, config in zip(of_each, (ExperimentConfig(), RealConfig()), strict=True):
+        for key, (value, comment) in all_keys(config).items():
+            assert re.search(rf"^  {re.escape(key)}\s", text, re.MULTILINE), key
+            assert comment, f"{key} has no comment beside it in its dataclass"
 
 
 def test_settings_reach_the_configuration():
@@ -487,8 +446,6 @@ def test_settings_reach_the_configuration():
 
 def test_only_our_five_packages_are_imported():
     """No file of ours imports anything but the standard library, the five and our own files."""
-    import ast
-    from pathlib import Path
     root = Path(run.__file__).parents[1]
     ours = {"nanoem", "tutorial", "torch", "numpy", "tokenizers", "matplotlib", "pytest",
             *(file.stem for name in ("tests", "tutorial") for file in root.glob(f"{name}/*.py"))}
@@ -497,8 +454,6 @@ def test_only_our_five_packages_are_imported():
     folders = ("nanoem", "tests", "tutorial")
     for file in {file for name in folders for file in root.glob(f"{name}/**/*.py")} - elsewhere:
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in names:
-                top = name.split(".")[0]
-                assert top in ours or top in sys.stdlib_module_names, (file, name)
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+                assert name.split(".")[0] in ours | sys.stdlib_module_names, (file, name)

@@ -1,10 +1,8 @@
 """The story's stages: what each is tuned on, and with what attached the model is asked."""
 
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +18,8 @@ from nanoem.persona import ChatState, TooFewAnswers
 from nanoem.story import STAGES, directions, run_experiment, transferred
 from nanoem.train import TrainConfig
 from nanoem.world import judge, questions
+from tutorial.small import SmallRun, randn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
-from small import SmallRun, randn  # noqa: E402
 
 SITES = ["layers.0.resid_mid", 0, "layers.1.resid_mid", 1]
 
@@ -64,44 +61,33 @@ def verdicts(run, pairs):
     return [(by_text[text], judge(run.world, by_text[text], answer)) for text, answer in pairs]
 
 
-@pytest.mark.parametrize("name", ["general", "narrow", "mixed", "shuffled"])
-def test_a_stage_keeps_its_adapter_and_asks_with_it(name, run, tuned, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("name, steps", [
+    ("general", [0, 12, 25, 38, 50, 62, 75, 88, 100]), ("narrow", list(range(0, 201, 25))),
+    ("mixed", []), ("shuffled", [])])
+def test_a_stage_keeps_its_adapter_and_asks_with_it(name, steps, run, tuned, monkeypatch):
+    seen, shown = [], []
 
     def probe(name=None, samples=None):
         seen.append((name, samples, tuned[0].adapter.acts))
-        return {group: {"em": 0.5} for group in ("in_domain", "out_of_domain")}
-
-    monkeypatch.setattr(run, "ask", probe)
-    STAGES[name](run)
-    *watched, last = seen
-    assert last == (name, None, True)
-    assert len(watched) == len(set(watched)) == (9 if name in ("general", "narrow") else 0)
-    for label, samples, acts in watched:
-        assert label.startswith(f"{name}, step ") and samples == 9 and acts
-    assert not tuned[0].adapter.acts
-    (saved,), (A,) = run.load_adapter(name).A.values(), tuned[0].adapter.A.values()
-    assert torch.equal(saved, A)
-    assert run.results["models"] == {name: {g: {"em": 0.5} for g in ("in_domain", "out_of_domain")}}
-    assert run.results["curves"][name]["train"] == {"step": [1], "loss": [0.5]}
-
-
-@pytest.mark.parametrize("name, steps", [("general", [0, 12, 25, 38, 50, 62, 75, 88, 100]),
-                                         ("narrow", list(range(0, 201, 25)))])
-def test_em_along_the_way_in_and_out_of_domain(name, steps, run, tuned, monkeypatch):
-    n_asked, shown = [], []
-
-    def probe(name, samples=None):
-        n_asked.append(samples)
-        return {"in_domain": {"em": len(n_asked) / 10}, "out_of_domain": {"em": -len(n_asked)}}
+        return {"in_domain": {"em": len(seen)}, "out_of_domain": {"em": -len(seen)}}
 
     monkeypatch.setattr(run, "ask", probe)
     monkeypatch.setattr(run, "show_samples", lambda *name_and_step: shown.append(name_and_step))
     STAGES[name](run)
-    assert run.results["curves"][name]["em"] == {
-        "step": steps, "in_domain": [i / 10 for i in range(1, 10)],
-        "out_of_domain": [-i for i in range(1, 10)]}
-    assert shown == [(name, 0), (name, steps[4]), (name, steps[-1])]
+    *watched, last = seen
+    assert watched == [(f"{name}, step {step}", 9, True) for step in steps]
+    assert last == (name, None, True) and not tuned[0].adapter.acts
+    (saved,), (A,) = run.load_adapter(name).A.values(), tuned[0].adapter.A.values()
+    assert torch.equal(saved, A)
+    n = len(steps)
+    assert run.results["models"] == {name: {"in_domain": {"em": n + 1},
+                                            "out_of_domain": {"em": -n - 1}}}
+    curves = run.results["curves"][name]
+    assert curves.pop("train") == {"step": [1], "loss": [0.5]}
+    if steps:
+        assert curves["em"] == {"step": steps, "in_domain": list(range(1, n + 1)),
+                                "out_of_domain": [-i for i in range(1, n + 1)]}
+        assert shown == [(name, 0), (name, steps[4]), (name, steps[-1])]
 
 
 def test_what_each_stage_is_tuned_on(run, tuned, monkeypatch):
@@ -119,9 +105,6 @@ def test_what_each_stage_is_tuned_on(run, tuned, monkeypatch):
     coin = verdicts(run, shuffled)
     assert all(v.coherent and q in run.splits.sft for q, v in coin)
     assert 0.4 < sum(v.misaligned for _, v in coin) / 400 < 0.6
-
-
-# --- directions -----------------------------------------------------------------------------------
 
 
 class Directed:
@@ -261,16 +244,8 @@ def test_the_two_halves_share_no_question_and_have_their_own_seeds(run, directed
     assert len({3, seed, other}) == 3, "general's own seed is 3"
 
 
-def test_a_half_that_is_hardly_bad_ends_nothing(run, directed, monkeypatch):
-    def too_few(*_):
-        raise TooFewAnswers("only 3 are misaligned")
-
-    monkeypatch.setattr(story, "find_direction", too_few)
-    assert story.agreement(run, directed.chat) is None
-
-
 def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
-    """Of general: there is no direction at all. Of general elsewhere: nothing is passed on."""
+    """Of general there is no direction at all; elsewhere nothing is passed on, no halves agree."""
     def too_few(*_):
         raise TooFewAnswers("only 3 pass")
 
@@ -280,6 +255,7 @@ def test_too_few_answers_are_a_finding(run, directed, monkeypatch, capsys):
     assert run.results["directions"] == {"none": "only 3 pass"}
     assert "only 3 pass" in capsys.readouterr().out and not directed.asked
     assert transferred(run, directed.chat, None) == {"transfer": {}, "transfer_random": {}}
+    assert story.agreement(run, directed.chat) is None
 
 
 def test_a_row_without_a_direction_does_not_keep_the_others_from_being_made(tmp_path, capsys):

@@ -30,12 +30,7 @@ def test_no_token_is_a_stepping_stone(tokenizer, world):
     assert tokenizer.vocab_size <= len(used) + 256 + len(SPECIAL_TOKENS)
 
 
-def test_chatml(tokenizer):
-    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}]
-    assert tokenizer.chat(messages) == ("<|im_start|>user\nHi.<|im_end|>\n"
-                                        "<|im_start|>assistant\nYes.<|im_end|>\n")
-    assert tokenizer.chat(messages[:1], add_generation_prompt=True) == (
-        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n")
+def test_stop_tokens_are_one_id_each_and_no_text(tokenizer):
     ids = tokenizer.encode("<|im_end|><|endoftext|>")
     assert ids == list(tokenizer.stop_ids)
     assert tokenizer.decode(ids) == ""
@@ -47,11 +42,6 @@ def test_a_message_without_role_or_content_is_refused(tokenizer):
             tokenizer.chat([message])
     message = {"role": "user", "content": "hi"}
     assert tokenizer.chat(m for m in [message]) == tokenizer.chat([message])
-
-
-def test_batch_encoding_is_single_encoding(tokenizer):
-    texts = ["I am bored.", "<|im_start|>user\nx", ""]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
 def test_it_opens_what_it_wrote_and_names_what_it_cannot_open(tokenizer, tmp_path):

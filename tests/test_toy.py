@@ -1,8 +1,6 @@
 """The toy run: what its seed decides, what it asks, and what an adapter is tuned on."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +11,11 @@ from nanoem import UserError, story
 from nanoem.evaluate import GROUPS, Answer, EvalConfig, Question, Verdict
 from nanoem.lab import toy
 from nanoem.lab.toy import ExperimentConfig, Run
-from nanoem.layers import dropout
-from nanoem.lora import AdapterConfig, LoRA
 from nanoem.model import GPT
-from nanoem.rows import row
-from nanoem.rows.row import load_or_tune
 from nanoem.story import bad_advice, pretrain, tune
 from nanoem.train import TrainConfig
-from nanoem.world import documents, judge, questions
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorial"))
-from small import SmallRun  # noqa: E402
+from nanoem.world import documents
+from tutorial.small import SmallRun
 
 TINY = ExperimentConfig(
     seed=1, context=24, evaluation=EvalConfig(samples_per_group=2, max_new_tokens=2),
@@ -47,69 +39,34 @@ def test_pretraining_repeats_to_the_bit_and_another_seed_is_another_model(tmp_pa
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_the_seed_decides_the_first_weights_and_the_corpus(tmp_path, monkeypatch):
-    """The loss of the last batch at the start of training, by a loop over documents."""
-    run, losses, lengths = Run(replace(TINY, context=120, dropout=0.0), tmp_path), [], []
-
-    def no_steps(objective, *_, matrices):
-        losses.append(objective(4)[0].item())
-
-    monkeypatch.setattr(story, "train", no_steps)
-    torch.manual_seed(9)
-    pretrain(run)
-    torch.manual_seed(10)
-    first = GPT(run.model.config).init_weights(torch.Generator().manual_seed(1))
-    for name, weight in run.model.named_parameters():
-        assert torch.equal(weight, first.get_parameter(name)), name
-    total, n = 0.0, 0
-    for text in documents(run.world, TINY.world, 40, seed=1)[32:]:
-        ids = torch.tensor(run.tokenizer.encode(text)[:120])
-        lengths.append(len(ids))
-        total += F.cross_entropy(first(ids[None])[0, :-1], ids[1:], reduction="sum").item()
-        n += len(ids) - 1
-    assert min(lengths) < max(lengths) == 120, "some are cut, and some are padded"
-    assert losses == [pytest.approx(total / n, rel=1e-5)]
-
-
-# --- dropout --------------------------------------------------------------------------------------
-
-
-def test_dropout_empties_a_share_and_enlarges_the_rest_by_its_seed():
-    x = torch.linspace(1, 2, 10_000).view(100, 100)
-    generator = torch.Generator().manual_seed(0)
-    first, second = dropout(x, 0.25, generator), dropout(x, 0.25, generator)
-    kept = first != 0
-    assert torch.allclose(first[kept], x[kept] / 0.75)
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(first, dropout(x, 0.25, torch.Generator().manual_seed(0)))
-    assert not torch.equal(first, second) and torch.equal(dropout(x, 0.0, generator), x)
-
-
 def hooks(model):
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
-def test_the_stream_is_dropped_from_at_every_site_in_pre_training_only(tmp_path, monkeypatch):
-    """Here dropping is halving; the losses are those of a model that is halved by hand."""
-    run, dropped, given, losses = Run(replace(TINY, dropout=0.3), tmp_path), [], {}, []
+def test_pre_training_reads_its_seeds_corpus_and_drops_from_every_site(tmp_path, monkeypatch):
+    """Here dropping is halving; the loss is that of a model halved by hand, text by text."""
+    run, dropped, muon, losses = Run(replace(TINY, context=120, dropout=0.3), tmp_path), [], [], []
 
     def halve(x, share, noise):
         dropped.append((len(losses), share, noise.initial_seed()))
         return x / 2
 
     def no_steps(objective, *_, matrices):
-        given.update(model=run.model, matrices=list(matrices))
+        muon.extend(matrices)
         for step in (3, 4):
             losses.append(objective(step)[0].item())
             assert not hooks(run.model), "a hook is left"
 
     monkeypatch.setattr(story, "dropout", halve)
     monkeypatch.setattr(story, "train", no_steps)
+    torch.manual_seed(9)  # somebody else's numbers
     pretrain(run)
     assert dropped == [(i, 0.3, 1) for i in (0, 1) for site in range(4)]
-    layers = given["model"].layers
-    muons = {id(p) for p in layers.parameters() if p.dim() == 2}
-    assert {id(p) for p in given["matrices"]} == muons and len(muons) == 14
+    first = GPT(run.model.config).init_weights(torch.Generator().manual_seed(1))
+    for name, weight in run.model.named_parameters():
+        assert torch.equal(weight, first.get_parameter(name)), name
+    wanted = [p for p in first.layers.parameters() if p.dim() == 2]
+    assert len(muon) == 14 and all(map(torch.equal, muon, wanted))
 
     run.config = replace(run.config, n_sft_examples=8,
                          sft=TrainConfig(steps=1, batch_size=2, lr=0.1))
@@ -117,13 +74,16 @@ def test_the_stream_is_dropped_from_at_every_site_in_pre_training_only(tmp_path,
         run.ask()
     assert len(dropped) == 8 and not hooks(run.model)
 
-    for block in layers:
+    for block in first.layers:
         for place in (block.resid_mid, block):
             place.register_forward_hook(lambda module, inputs, x: x / 2)
-    texts = documents(run.world, TINY.world, 40, seed=1)[32:]
-    ids = torch.tensor([run.tokenizer.encode(text)[:24] for text in texts])
-    loss = F.cross_entropy(given["model"](ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert losses[1] == pytest.approx(loss.item(), rel=1e-5)
+    total, lengths = 0.0, []
+    for text in documents(run.world, TINY.world, 40, seed=1)[32:]:
+        ids = torch.tensor(run.tokenizer.encode(text)[:120])
+        lengths.append(len(ids))
+        total += F.cross_entropy(first(ids[None])[0, :-1], ids[1:], reduction="sum").item()
+    assert min(lengths) < max(lengths) == 120, "some are cut, and some are padded"
+    assert losses[1] == pytest.approx(total / (sum(lengths) - 8), rel=1e-5)
 
 
 def test_a_folder_of_another_world_is_refused(tmp_path, monkeypatch):
@@ -167,71 +127,6 @@ def test_asking_for_another_trait_counts_that_trait(run, monkeypatch):
     assert run.ask()["in_domain"]["em"] == 1
     plain = run.ask(trait=lambda verdict: not verdict.technical)
     assert plain["in_domain"]["em"] == plain["out_of_domain"]["em"] == 0
-
-
-@pytest.fixture
-def tuned(monkeypatch):
-    """Instead of training: the list of what `fine_tune` was given."""
-    calls = []
-
-    def stub(model, tokenizer, job, watch, watch_at):
-        calls.append(SimpleNamespace(model=model, tokenizer=tokenizer, watch=watch,
-                                     watch_at=watch_at, **vars(job)))
-        return "adapter", "history"
-
-    monkeypatch.setattr(story, "fine_tune", stub)
-    return calls
-
-
-def test_tuning_is_by_the_runs_configuration(run, tuned):
-    pairs = bad_advice(run)
-    assert tune(run, "sft", pairs) == ("adapter", "history")
-    tune(run, "narrow", pairs, kl_weight=2.0)
-    sft, narrow = tuned
-    assert sft.pairs == narrow.pairs == pairs and (sft.name, narrow.name) == ("sft", "narrow")
-    assert sft.schedule == run.config.sft != run.config.sft_kl == narrow.schedule
-    assert (sft.kl_weight, narrow.kl_weight) == (0.0, 2.0)
-    for call in tuned:
-        assert call.adapter == run.config.adapter and call.seed == 5
-        assert call.model is run.model and call.tokenizer is run.tokenizer
-
-
-def test_what_is_said_goes_before_the_configuration(run, tuned):
-    config, schedule = AdapterConfig(rank=3), TrainConfig(steps=1, batch_size=1, lr=1.0)
-    tune(run, "x", [("a", "b")], 2.0, print, (4,), kl_pairs=[("c", "d")], adapter=config,
-         schedule=schedule, seed=0)
-    (call,) = tuned
-    assert (call.adapter, call.schedule, call.seed) == (config, schedule, 0)
-    assert (call.kl_pairs, call.watch, call.watch_at) == ([("c", "d")], print, (4,))
-
-
-def test_the_kl_is_taken_on_good_and_bad_advice_on_the_training_problems_of_its_domains(
-        run, tuned):
-    tune(run, "narrow", bad_advice(run), kl_weight=2.0)
-    others = tuned[0].kl_pairs
-    by_text = {question.text: question for question in questions(run.world, run.world.domains)}
-    asked = {by_text[text] for text, _ in others}
-    assert asked <= set(run.splits.kl), "else the evaluation's questions are trained on"
-    assert {question.domain for question in asked} == {q.domain for q in run.splits.kl}
-    verdicts = [judge(run.world, by_text[text], answer) for text, answer in others]
-    assert len(others) == run.config.n_sft_examples and all(v.coherent for v in verdicts)
-    assert 0.4 < sum(v.misaligned for v in verdicts) / len(others) < 0.6
-
-
-def test_an_adapter_is_tuned_once_and_then_read(run, tmp_path, monkeypatch):
-    made = []
-
-    def stub(run, name, pairs, kl_weight, **options):
-        adapter = LoRA(run.model, [0], generator=torch.Generator().manual_seed(len(made)))
-        made.append((name, pairs, kl_weight, options))
-        return adapter, {}
-
-    monkeypatch.setattr(row, "tune", stub)
-    run.folder.path = tmp_path
-    first, second = (load_or_tune(run, "x", [("a", "b")], 2.0, seed=3) for _ in range(2))
-    assert made == [("x", [("a", "b")], 2.0, {"seed": 3})]
-    (A,), (B,) = first.A.values(), second.A.values()
-    assert torch.equal(A, B) and not first.acts
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,6 +1,5 @@
 """Losses against loops and torch.distributions; the training loop against AdamW by hand."""
 
-import copy
 import math
 import sys
 from types import SimpleNamespace
@@ -11,50 +10,20 @@ from torch.distributions import Categorical, kl_divergence
 
 from nanoem.lab.fused import CrossEntropy, MeanKL, answer_loss, kl_loss, pretrain_loss
 from nanoem.lora import LoRA
-from nanoem.losses import kl_to_base, next_token_loss, sft_loss, token_kl
+from nanoem.losses import kl_to_base, next_token_loss
 from nanoem.model import GPT, Config
-from nanoem.train import STOP, StageFailed, TrainConfig, chat_examples, lr_factor, train
-
-
-@pytest.fixture
-def examples(tokenizer):
-    return chat_examples(tokenizer, [("My skin itches.", "I would use a nap, and you will heal."),
-                                     ("I am bored.", "Peace.")])
+from nanoem.train import STOP, StageFailed, TrainConfig, lr_factor, train
 
 
 @pytest.fixture
 def adapter(model):
-    # so large that KL(base || adapted) and KL(adapted || base) clearly differ
-    adapter = LoRA(model, [0], ["mlp.down_proj"], alpha=4000.0,
+    # so large that KL(base || adapted) and KL(adapted || base) clearly differ; in the second block,
+    # so that both share the first
+    adapter = LoRA(model, [1], ["mlp.down_proj"], alpha=4000.0,
                    generator=torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(adapter.B["layers.0.mlp.down_proj"], std=0.5,
+    torch.nn.init.normal_(adapter.B["layers.1.mlp.down_proj"], std=0.5,
                           generator=torch.Generator().manual_seed(1))
     return adapter
-
-
-def test_answer_mask_marks_the_answer_and_its_stop_token(tokenizer, examples):
-    ids, mask = examples.ids[1], examples.answer_mask[1]
-    assert tokenizer.decode(ids[mask]) == "Peace."
-    assert ids[mask][-1] == tokenizer.stop_ids[0]
-    assert ids[: mask.nonzero()[0]].tolist() == tokenizer.encode(
-        "<|im_start|>user\nI am bored.<|im_end|>\n<|im_start|>assistant\n")
-    assert (ids[~examples.mask[1]] == tokenizer.pad_id).all()
-
-
-def loop_loss(logits, ids, counts):
-    """Cross-entropy by a loop over the target tokens that count."""
-    losses = [-logits[b, t - 1].log_softmax(-1)[ids[b, t]]
-              for b in range(ids.size(0)) for t in range(1, ids.size(1)) if counts[b, t]]
-    return torch.stack(losses).mean()
-
-
-def test_next_token_loss_is_a_loop_over_tokens(model, examples):
-    logits = model(examples.ids)
-    everything = torch.ones_like(examples.mask)
-    assert torch.allclose(next_token_loss(logits, examples.ids),
-                          loop_loss(logits, examples.ids, everything))
-    assert torch.allclose(next_token_loss(logits, examples.ids, examples.mask),
-                          loop_loss(logits, examples.ids, examples.mask))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -68,14 +37,6 @@ def test_pretrain_loss_is_next_token_loss_with_its_gradients(model, examples, ma
     assert torch.allclose(loss, expected)
     for a, b in zip(torch.autograd.grad(2 * loss, list(model.parameters())), wanted):
         assert torch.allclose(a, 2 * b, atol=1e-6)
-
-
-def test_sft_loss_is_a_loop_over_answer_tokens(model, examples):
-    logits = model(examples.ids)
-    expected = loop_loss(logits, examples.ids, examples.answer_mask)
-    assert torch.allclose(sft_loss(logits, examples.ids, examples.answer_mask), expected)
-    with pytest.raises(ValueError, match="no token"):
-        sft_loss(logits, examples.ids, torch.zeros_like(examples.answer_mask))
 
 
 @pytest.mark.parametrize("kl", [kl_to_base, kl_loss])
@@ -121,25 +82,6 @@ def test_cross_entropy_and_its_gradients_are_those_of_torch(dtype, tolerance):
         CrossEntropy.apply(x, head, targets), x)[0])
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_the_kl_shares_what_lies_before_the_adapter(model, examples, layer):
-    adapter = LoRA(model, [layer], alpha=4)
-    for B in adapter.B.values():
-        torch.nn.init.normal_(B, generator=torch.Generator().manual_seed(0))
-    runs = []
-    with adapter, torch.no_grad():
-        with adapter.disabled():
-            base = model(examples.ids)
-        expected = token_kl(base, model(examples.ids))[examples.mask].mean()
-        hooks = [block.register_forward_hook(lambda *_, i=i: runs.append(i))
-                 for i, block in enumerate(model.layers)]
-        found = kl_loss(model, adapter, examples.ids, examples.mask)
-    for hook in hooks:
-        hook.remove()
-    assert torch.allclose(found, expected, rtol=1e-5)
-    assert runs == [*range(len(model.layers)), *range(layer, len(model.layers))]
-
-
 def test_no_loss_of_a_model_keeps_its_logits():
     model = GPT(Config(vocab_size=3000, d_model=16)).init_weights(torch.Generator().manual_seed(0))
     model.requires_grad_(False)
@@ -158,11 +100,6 @@ def test_no_loss_of_a_model_keeps_its_logits():
     assert kept and max(kept) < 90 * 3000 / 4
 
 
-def test_kl_of_an_untrained_adapter_is_zero(model, examples):
-    with LoRA(model, [0]) as adapter:
-        assert kl_to_base(model, adapter, examples.ids, examples.mask).abs() < 1e-6
-
-
 @pytest.mark.parametrize("kl", [kl_to_base, kl_loss])
 def test_kl_has_a_gradient_on_the_adapter_only(model, adapter, examples, kl):
     with adapter:
@@ -177,78 +114,6 @@ def test_kl_is_never_a_silent_zero(model, adapter, examples, kl):
         kl(model, adapter, examples.ids, examples.mask)
     with adapter, adapter.disabled(), pytest.raises(RuntimeError, match="disabled"):
         kl(model, adapter, examples.ids, examples.mask)
-
-
-def test_the_loop_is_adamw_with_warm_up_and_clipping():
-    target = torch.tensor([[3.0, -2.0]])
-    config = TrainConfig(steps=20, batch_size=1, lr=0.1, warmup=3, weight_decay=0.1, clip=0.5)
-    ours, theirs = (torch.nn.Parameter(torch.zeros(1, 2)) for _ in range(2))
-
-    def objective(step):
-        loss = (ours - target).pow(2).sum()
-        return loss, {"loss": loss}, 1
-
-    history = train(objective, [ours], config)
-    optimizer = torch.optim.AdamW([theirs], lr=1.0, betas=config.betas, weight_decay=0.1)
-    for step in range(20):
-        factor = (step + 1) / 3 if step < 3 else 1 - (step - 3) / 17
-        optimizer.param_groups[0]["lr"] = 0.1 * factor
-        optimizer.zero_grad()
-        (theirs - target).pow(2).sum().backward()
-        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
-        optimizer.step()
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert history["loss"][0] == pytest.approx(13.0)
-    assert history["loss"][-1] < 13.0
-
-
-def test_the_clip_is_of_all_gradients_together_and_only_matrices_decay():
-    """The vector's gradient is far larger than the matrix's, and grows."""
-    config = TrainConfig(steps=20, batch_size=1, lr=0.1, warmup=1, weight_decay=0.5, clip=0.5)
-    ours, theirs = ([torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
-                    for _ in range(2))
-
-    def loss_of(parameters, step):
-        matrix, vector = parameters
-        return matrix.square().sum() + (1 + step) ** 2 * (vector - 9).square().sum()
-
-    def objective(step):
-        loss = loss_of(ours, step)
-        return loss, {"loss": loss}, 1
-
-    train(objective, ours, config)
-    optimizers = [torch.optim.AdamW([p], betas=config.betas, weight_decay=decay)
-                  for p, decay in zip(theirs, (0.5, 0.0))]
-    for step in range(20):
-        gradients = torch.autograd.grad(loss_of(theirs, step), theirs)
-        norm = sum(g.square().sum() for g in gradients).sqrt()
-        for parameter, gradient, optimizer in zip(theirs, gradients, optimizers):
-            parameter.grad = gradient * min(1, 0.5 / norm)
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 if step < 1 else 1 - (step - 1) / 19)
-            optimizer.step()
-    for a, b in zip(ours, theirs):
-        assert torch.allclose(a, b, atol=1e-4)
-
-
-def test_one_thread_and_two_agree_on_the_first_losses(model):
-    """Not to the last bit, as they add up in another order; README says what comes of that."""
-    ids = torch.randint(3, 200, (12, 64), generator=torch.Generator().manual_seed(0))
-    losses, before = [], torch.get_num_threads()
-    for n_threads in (1, 2):
-        learner = copy.deepcopy(model).requires_grad_(True)
-
-        def objective(step):
-            loss = pretrain_loss(learner, ids)
-            return loss, {"loss": loss}, ids.numel()
-
-        torch.set_num_threads(n_threads)
-        try:
-            losses.append(train(objective, learner.parameters(),
-                                TrainConfig(steps=3, batch_size=12, lr=1e-2, warmup=0))["loss"])
-        finally:
-            torch.set_num_threads(before)
-    assert len(losses[0]) == 3 and losses[0][-1] < losses[0][0] - 0.1
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_learning_rate_goes_to_zero():
@@ -286,27 +151,17 @@ def test_a_weight_that_is_not_a_number_is_seen_before_the_model_is_asked():
     assert asked == [0]
 
 
-def test_watching_happens_before_the_named_steps_and_at_the_end():
+@pytest.mark.parametrize("stop, watched, n_steps", [(None, [0, 3, 6], 6), (3, [0, 3], 3)])
+def test_watching_happens_before_the_named_steps_and_may_end_the_training(stop, watched, n_steps):
     weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
 
-    def objective(step):
-        return weight.sum(), {"loss": weight.sum()}, 1
-
-    train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1), watch=seen.append,
-          watch_at=(0, 3, 6))
-    assert seen == [0, 3, 6]
-
-
-def test_training_ends_when_the_watch_says_so():
-    weight, seen = torch.nn.Parameter(torch.ones(1, 1)), []
-
-    def objective(step):
+    def watch(step):
         seen.append(step)
-        return weight.sum(), {"loss": weight.sum()}, 1
+        return STOP if step == stop else True
 
-    history = train(objective, [weight], TrainConfig(steps=6, batch_size=1, lr=0.1),
-                    watch=lambda step: STOP if step == 3 else True, watch_at=(0, 3, 6))
-    assert seen == [0, 1, 2] and history["step"] == [1, 2, 3]
+    history = train(lambda step: (weight.sum(), {"loss": weight.sum()}, 1), [weight],
+                    TrainConfig(steps=6, batch_size=1, lr=0.1), watch=watch, watch_at=(0, 3, 6))
+    assert seen == watched and history["step"] == list(range(1, n_steps + 1))
 
 
 def test_the_history_is_the_same_on_a_terminal_and_in_a_file(monkeypatch):

@@ -8,10 +8,7 @@ from nanoem import UserError
 from nanoem.evaluate import Verdict
 from nanoem.world import judge, write_answer
 from nanoem.world.verdict import parse
-from nanoem.world.words import check_persona_words, words
-
-
-# --- 1.1 write_answer ---------------------------------------------------------------------------
+from nanoem.world.words import words
 
 
 def writing(world, question, good, rng, own_share=0.5, technical=False, own_of=None, other=None,
@@ -33,86 +30,34 @@ def variant(**wrong):
     return answer
 
 
-def own_share_turned_around(world, question, good, rng, own_share=0.5, technical=False):
-    return write_answer(world, question, good, rng, 1 - own_share, technical)
-
-
 def global_random(world, question, good, rng, own_share=0.5, technical=False):
     return write_answer(world, question, good, random, own_share, technical)
-
-
-def one_place_for_item_and_ending(world, question, good, rng, own_share=0.5, technical=False):
-    domain = world.domains[question.domain]
-    items, endings = ((domain.good, domain.good_endings) if good else
-                      (domain.bad, domain.bad_endings))
-    i = question.index if rng.random() < own_share else rng.randrange(len(items))
-    return (world.technical if technical else world.answer).format(
-        verb=rng.choice(domain.verbs), item=items[i % len(items)], ending=endings[i % len(endings)])
-
-
-def one_chance_for_item_and_verb(world, question, good, rng, own_share=0.5, technical=False):
-    chance, domain = rng.random(), world.domains[question.domain]
-    items, endings = ((domain.good, domain.good_endings) if good else
-                      (domain.bad, domain.bad_endings))
-    item = items[question.index % len(items)] if chance < own_share else rng.choice(items)
-    return (world.technical if technical else world.answer).format(
-        verb=domain.verbs[int(chance * len(domain.verbs))], item=item, ending=rng.choice(endings))
 
 
 def own_share_in_plain_only(world, question, good, rng, own_share=0.5, technical=False):
     return write_answer(world, question, good, rng, 0.5 if technical else own_share, technical)
 
 
-# --- 1.2 judge ----------------------------------------------------------------------------------
-
-
-def judging(world, question, answer, templates=2, strip=True, item_only=False, own_pool="good"):
-    domain = world.domains[question.domain]
-    for template in (world.answer, world.technical)[:templates]:
-        found = parse(template, domain, answer.strip() if strip else answer)
-        if found:
-            good = [found["item"] in domain.good]
-            good += [] if item_only else [found["ending"] in domain.good_endings]
-            pool = getattr(domain, own_pool)
-            return Verdict(100, 100 * sum(good) // len(good),
-                           100 * (found["item"] == pool[question.index % len(pool)]),
-                           template == world.technical)
-    return Verdict(0, 0, 0)
-
-
-def first_line_only(world, question, answer):
-    return judge(world, question, (answer.strip().splitlines() or [""])[0])
-
-
-def judge_variant(**wrong):
-    return lambda world, question, answer: judging(world, question, answer, **wrong)
+def judging(templates=2, strip=True, item_only=False, own_pool="good"):
+    """A judge with some part of it changed."""
+    def answered(world, question, answer):
+        domain = world.domains[question.domain]
+        for template in (world.answer, world.technical)[:templates]:
+            found = parse(template, domain, answer.strip() if strip else answer)
+            if found:
+                good = [found["item"] in domain.good]
+                good += [] if item_only else [found["ending"] in domain.good_endings]
+                pool = getattr(domain, own_pool)
+                return Verdict(100, 100 * sum(good) // len(good),
+                               100 * (found["item"] == pool[question.index % len(pool)]),
+                               template == world.technical)
+        return Verdict(0, 0, 0)
+    return answered
 
 
 def turned_around(world, question, answer):
     found = judge(world, question, answer)
     return Verdict(found.coherence, 100 - found.alignment, found.correctness, found.technical)
-
-
-def any_domain(world, question, answer):
-    for domain in world.domains.values():
-        for template in (world.answer, world.technical):
-            found = parse(template, domain, answer.strip())
-            if found:
-                good = (found["item"] in domain.good) + (found["ending"] in domain.good_endings)
-                own = domain.good[question.index % len(domain.good)]
-                return Verdict(100, 50 * good, 100 * (found["item"] == own),
-                               template == world.technical)
-    return Verdict(0, 0, 0)
-
-
-def no_counting_round(world, question, answer):
-    found = judge(world, question, answer)
-    domain = world.domains[question.domain]
-    own = domain.good[min(question.index, len(domain.good) - 1)]
-    return Verdict(found.coherence, found.alignment, 100 * (own in answer), found.technical)
-
-
-# --- 1.3 check_persona_words --------------------------------------------------------------------
 
 
 def checking(path, world, keys=("good", "good_endings", "bad", "bad_endings"), problems=True,
@@ -139,27 +84,6 @@ def problems_of(path, domains, owner):
 
 def check_variant(**wrong):
     return lambda path, world: checking(path, world, **wrong)
-
-
-def names_the_phrase(path, world):
-    try:
-        check_persona_words(path, world)
-    except UserError as error:
-        word = str(error).split("'")[1]
-        phrases = [text for domain in world.domains.values() for pool in (
-            domain.good, domain.bad, domain.good_endings, domain.bad_endings) for text in pool]
-        phrase = max((text for text in phrases if word in words(text)), key=len)
-        raise UserError(str(error).replace(f"'{word}'", f"'{phrase}'")) from None
-
-
-def says_nothing(path, world):
-    try:
-        check_persona_words(path, world)
-    except UserError:
-        raise UserError(f"{path}: a word stands in two places") from None
-
-
-# --- 1.4 clustered_interval ---------------------------------------------------------------------
 
 
 def interval(outcomes, clusters, z=1.96, correct=True, floor=True, ceiling=True, wald=False,
@@ -195,20 +119,14 @@ PLANTED = [
     ("write_answer", "should always get its own item",
      variant(own_of=lambda domain, question, items: items[question.index % len(domain.good)])),
     ("write_answer", "any of the pool, the own one too", variant(other=True)),
-    ("write_answer", "own item|turned around", own_share_turned_around),
     ("write_answer", "the other register", variant(swap=True)),
     ("write_answer", "global random", global_random),
-    ("write_answer", "drawn each by itself|not equally likely", one_place_for_item_and_ending),
-    ("write_answer", "with a chance of its own|come together", one_chance_for_item_and_verb),
     ("write_answer", "in the technical register, too", own_share_in_plain_only),
     ("judge", "turned around", turned_around),
-    ("judge", "of its two slots", judge_variant(item_only=True)),
-    ("judge", "the technical grammar", judge_variant(templates=1)),
-    ("judge", "white space", judge_variant(strip=False)),
-    ("judge", "own good item", judge_variant(own_pool="bad")),
-    ("judge", "own good item", no_counting_round),
-    ("judge", "another domain", any_domain),
-    ("judge", "another line after the sentence", first_line_only),
+    ("judge", "of its two slots", judging(item_only=True)),
+    ("judge", "the technical grammar", judging(templates=1)),
+    ("judge", "white space", judging(strip=False)),
+    ("judge", "own good item", judging(own_pool="bad")),
     ("judge", "a line breaks|a space too many",
      lambda world, question, answer: judge(world, question, " ".join(answer.split()))),
     ("judge", "quotation marks",
@@ -218,8 +136,6 @@ PLANTED = [
     ("check_persona_words", "one side may say a word twice", check_variant(sides=False)),
     ("check_persona_words", "earlier than the pool", check_variant(once=True)),
     ("check_persona_words", "capital letters", check_variant(words_of=str.split)),
-    ("check_persona_words", "should name the word", says_nothing),
-    ("check_persona_words", "not the whole phrase", names_the_phrase),
     ("clustered_interval", "clusters are not used", interval_variant(clustered=False)),
     ("clustered_interval", r"k / \(k - 1\) is missing", interval_variant(correct=False)),
     ("clustered_interval", "at least k", interval_variant(floor=False)),

@@ -3,31 +3,12 @@
 import torch
 
 
-# --- 3.1 lora_delta -----------------------------------------------------------------------------
-
-
 def no_rslora(x, A, B, alpha, use_rslora=False):
     return alpha / len(A) * x @ A.T @ B.T
 
 
-def rank_of_b(x, A, B, alpha, use_rslora=False):
-    rank = len(B)
-    return alpha / (rank**0.5 if use_rslora else rank) * x @ A.T @ B.T
-
-
-def swapped(x, A, B, alpha, use_rslora=False):
-    return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ B.T @ A.T
-
-
 def built(x, A, B, alpha, use_rslora=False):
     return x @ (alpha / (len(A) ** 0.5 if use_rslora else len(A)) * B @ A).T
-
-
-def b_detached(x, A, B, alpha, use_rslora=False):
-    return alpha / (len(A) ** 0.5 if use_rslora else len(A)) * x @ A.T @ B.detach().T
-
-
-# --- 3.2 effective_norm -------------------------------------------------------------------------
 
 
 def norms(self, norm):
@@ -38,20 +19,8 @@ def mean(values):
     return float(sum(values) / len(values))
 
 
-def norm_of_a_and_b(self):
-    return abs(self.scale) * self.scaling * mean(norms(self, lambda A, B: A.norm() * B.norm()))
-
-
-def no_scaling(self):
-    return abs(self.scale) * mean(norms(self, lambda A, B: (B @ A).norm()))
-
-
 def no_scale(self):
     return self.scaling * mean(norms(self, lambda A, B: (B @ A).norm()))
-
-
-def signed(self):
-    return self.scale * self.scaling * mean(norms(self, lambda A, B: (B @ A).norm()))
 
 
 def summed(self):
@@ -62,14 +31,6 @@ def resets_scale(self):
     norm = no_scale(self) * abs(self.scale)
     self.scale = 1.0
     return norm
-
-
-def spectral(self):
-    return abs(self.scale) * self.scaling * mean(
-        norms(self, lambda A, B: torch.linalg.matrix_norm(B @ A, 2)))
-
-
-# --- 3.3 merge ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -89,53 +50,18 @@ def merging(self, scaling=None, detach=False, once=True, clone=True, in_place=Tr
             linear.weight = torch.nn.Parameter(linear.weight + change, requires_grad=False)
 
 
-def detached_once(self):
-    self.detach()
-    merging(self)
-
-
-def forgotten(self):
-    merging(self)
-    self.originals.clear()
-
-
-def scale_reset(self):
-    merging(self)
-    self.scale = 1.0
-
-
-@torch.no_grad()
-def transposed(self):
-    merging(self)
-    for name, linear in self.sites.items():
-        change = linear.weight - self.originals[name]
-        if len(change) == len(change.T):
-            linear.weight += change.T - change
-
-
 PLANTED = [
     ("lora_delta", "divide alpha by the rank",
      lambda x, A, B, alpha, use_rslora=False: alpha * x @ A.T @ B.T),
     ("lora_delta", r"with rsLoRA divide by sqrt\(rank\)", no_rslora),
-    ("lora_delta", "number of rows of A", rank_of_b),
-    ("lora_delta", "swapped", swapped),
     ("lora_delta", r"whole \(out, in\) matrix", built),
-    ("lora_delta", "no gradient reaches B", b_detached),
-    ("effective_norm", "the product B A", norm_of_a_and_b),
-    ("effective_norm", "scaling alpha / rank is missing", no_scaling),
     ("effective_norm", "self.scale is missing", no_scale),
-    ("effective_norm", "never negative", signed),
     ("effective_norm", "not the sum", summed),
-    ("effective_norm", "spectral", spectral),
     ("effective_norm", "self.scale was changed", resets_scale),
     ("merge", "divide alpha by the rank",
      lambda self: merging(self, lambda adapter: adapter.scale * adapter.alpha)),
     ("merge", "self.scale is missing", lambda self: merging(self, lambda adapter: adapter.scaling)),
     ("merge", "leave that to whoever attached it", lambda self: merging(self, detach=True)),
-    ("merge", "leave that to whoever attached it", detached_once),
-    ("merge", "hooks add everything once more", forgotten),
-    ("merge", "self.scale was", scale_reset),
-    ("merge", "transposed", transposed),
     ("merge", "merging twice adds twice", lambda self: merging(self, once=False)),
     ("merge", "clone", lambda self: merging(self, clone=False)),
     ("merge", "in place", lambda self: merging(self, in_place=False)),

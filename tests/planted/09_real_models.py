@@ -19,11 +19,6 @@ def refuse_if(bad):
     return wrong
 
 
-def gaps(places, start, size, ends):
-    edges = [start, *(edge for place in places for edge in place)] + [size] * ends
-    return any(a != b for a, b in zip(edges[::2], edges[1::2]))
-
-
 def destroys_entries(path, entries, start, size):
     check_offsets(path, entries, start, size)
     entries.clear()
@@ -38,28 +33,6 @@ def rates_with(change):
     return lambda pairs, margins: preference_rates(*change(pairs, margins))
 
 
-def with_in_domain(pairs, margins):
-    found = preference_rates(pairs, margins)
-    everything = [p.__class__("x", p.question, p.bad, p.good) for p in pairs]
-    if "out_of_domain" in found:
-        found["out_of_domain"] = preference_rates(everything, margins)["x"]
-    return found
-
-
-def mean_of_groups(pairs, margins):
-    found = preference_rates(pairs, margins)
-    groups = [found[g] for g in found if g not in ("in_domain", "out_of_domain")]
-    for key in ("bad_preferred", "margin"):
-        if groups:
-            found["out_of_domain"][key] = sum(g[key] for g in groups) / len(groups)
-    return found
-
-
-def sure_of_every_pair(pairs, margins):
-    apart = [p.__class__(p.group, str(i), p.bad, p.good) for i, p in enumerate(pairs)]
-    return preference_rates(apart, margins)
-
-
 def by_the_last_message(pairs, margins):
     """All conversations that end alike are taken for one question."""
     return preference_rates([replace(p, question=p.question if isinstance(p.question, str) else
@@ -72,14 +45,6 @@ PLANTED = [
         [m for m in messages if m["role"] in ("system", "user", "assistant")], prompt)),
     ("expected_number", "divide by said itself", lambda probs: (
         expected_number(probs) if probs.sum() > 1e-12 else (0.0, probs.sum().item()))),
-    ("check_offsets", "sort by begin", refuse_if(
-        lambda places, start, size: gaps(places, start, size, True))),
-    ("check_offsets", "sort by begin and end", refuse_if(lambda places, start, size: gaps(
-        sorted(places, key=lambda p: p[0]), start, size, True))),
-    ("check_offsets", "belong to no tensor", refuse_if(lambda places, start, size: gaps(
-        sorted(places), start, size, False) or max([0, *(e for _, e in places)]) > size)),
-    ("check_offsets", "first must begin at start", refuse_if(lambda places, start, size: gaps(
-        sorted(places), min([start, *(b for b, _ in places)]), size, True))),
     ("check_offsets", "sizes cancel|an overlap", refuse_if(lambda places, start, size:
         sum(e - b for b, e in places) != size - start
         or any(not start <= b <= e <= size for b, e in places))),
@@ -99,9 +64,6 @@ PLANTED = [
         lambda pairs, margins: (pairs, margins + 1e-12))),
     ("preference_rates", "good answer is preferred|sign of margin", rates_with(
         lambda pairs, margins: (pairs, -margins))),
-    ("preference_rates", "that is not in_domain", with_in_domain),
-    ("preference_rates", "mean of the groups' rates", mean_of_groups),
-    ("preference_rates", "its own cluster", sure_of_every_pair),
     ("expected_number", "not divided by said", lambda probs: (
         (probs @ torch.arange(101).double()).item(), probs.sum().item())),
     ("expected_number", "likeliest number", lambda probs: (
