@@ -87,7 +87,7 @@ def test_pre_training_reads_its_seeds_corpus_and_drops_from_every_site(tmp_path,
 
 
 def test_a_folder_of_another_world_is_refused(tmp_path, monkeypatch):
-    Run(TINY, tmp_path / "run").folder.finish("chat", 1.0)
+    Run(TINY, tmp_path / "run").folder.once("chat", lambda: None)
     Run(TINY, tmp_path / "run")  # the same: welcome
     edited = tmp_path / "world.toml"
     edited.write_bytes(toy.WORLD_TOML.read_bytes() + b"\n")
