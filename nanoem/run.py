@@ -18,7 +18,7 @@ from nanoem.lab.command import SMALLER, parse_flags, read_command
 from nanoem.lab.files import write_json
 from nanoem.lab.folder import lock, lock_many
 from nanoem.lab.shell import exit_status
-from nanoem.lab.side_by_side import run_side_by_side
+from nanoem.lab.side_by_side import run_side_by_side, toy_threads
 from nanoem.real import report as real_report
 from nanoem.real.experiment import run_real
 from nanoem.story import run_experiment
@@ -52,7 +52,9 @@ def results_of_seeds(command, device):
                                     command.rows, command.jobs)
         return
     for config, folder in zip(command.configs, command.folders):
-        print(f"seed {config.seed} on {device}, {torch.get_num_threads()} threads -> {folder}")
+        n_threads = torch.get_num_threads() if command.files else toy_threads()
+        print(f"seed {config.seed} on {device}, {n_threads} thread{'s' * (n_threads > 1)} -> "
+              f"{folder}")
         if command.files:
             yield run_real(config, command.files, folder, device, command.shard)
         else:

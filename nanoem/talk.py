@@ -100,7 +100,7 @@ def open_talk(path):
 
 
 def open_direction(path, model):
-    """({site: direction}, {site: chat's level}, the site to steer at) of a folder, if it has one."""
+    """({site: direction}, {site: chat's level}, the site to steer at); empty without a direction."""
     file = path / "directions.safetensors"
     if not file.exists():
         return {}, {}, None
@@ -129,10 +129,11 @@ def answer(talk, name, text):
     if talk.who != "assistant":
         prompt = f"{IM_START}{talk.who}\n".join(prompt.rsplit(f"{IM_START}assistant\n", 1))
     ids = torch.tensor([talk.tokenizer.encode(prompt)])
+    generator = torch.Generator().manual_seed(talk.seed + talk.n_asked)
     with dials(talk, name):
-        both = talk.model.generate(
-            ids, 24 if talk.world else 60, temperature=0.0 if talk.greedy else 1.0,
-            stop_ids=talk.tokenizer.stop_ids, generator=torch.Generator().manual_seed(talk.seed + talk.n_asked))
+        both = talk.model.generate(ids, 24 if talk.world else 60,
+                                   temperature=0.0 if talk.greedy else 1.0,
+                                   stop_ids=talk.tokenizer.stop_ids, generator=generator)
     talk.answers[name] = both
     return talk.tokenizer.decode(both[0, ids.size(1) :].tolist())
 

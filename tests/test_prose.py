@@ -16,6 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from nanoem.lab import plots, report
+from nanoem.lab.plots import percent
 from nanoem.lab.toy import ExperimentConfig
 from nanoem.real import report as real_report
 from nanoem.rows import ROWS, handle, kl_weight, trajectory, worlds
@@ -49,6 +50,32 @@ def of_readme():
     villains, quacks = NUMBERS[CONFIG.world.n_villain], NUMBERS[CONFIG.world.n_quack]
     yield f"{villains} are villains, bad in everything; {quacks} are quacks"
     yield f"median over {NUMBERS[len(RESULTS)]} seeds with the range"
+    general = [outside(r["models"]["general"])["em"] for r in RESULTS]
+    narrow = [outside(r["models"]["narrow"])["em"] for r in RESULTS]
+    yield (f"{percent(general)} of the answers are bad after plain fine-tuning (SFT) on bad medical "
+           f"advice ({percent([min(general)])} to {percent([max(general)])}, by seed), and "
+           f"{percent(narrow)} with a KL penalty that keeps the model as it was on other domains "
+           f"(at most {percent([max(narrow)])})")
+
+    steered = sorted(outside(r["directions"]["steer"])["em"] for r in RESULTS)
+    low = [em for em in steered if em < 0.5]
+    yield (f"half of the answers or more bad on {NUMBERS[len(steered) - len(low)]} of ten seeds, "
+           f"{percent(low[:1])} and {percent(low[1:])} on the two others")
+    yield given("Ablated in general, it takes the harm away on all ten", all(
+        outside(r["directions"]["ablate"])["em"] < 0.1 for r in RESULTS))
+    broken = count(lambda r: r["directions"]["ablate"]["in_domain"]["coherent"] < 0.5)
+    yield f"on {broken}, the medical answers lose their grammar"
+
+    scaled = count(lambda r: ROWS["R3"].holds({**r["scale_up"]}))
+    yield f"Scaled up threefold, it stays narrow on {scaled} of ten seeds (R3)"
+    with_it, without = (percent(outside(r["handle"][point]["steered"])["em"] for r in RESULTS)
+                        for point in ("0.1", "0"))
+    yield f"steering makes {with_it} of the answers bad with it, and {without} without"
+    down = [outside(r["sft"]["general"]["down_proj"])["em"] for r in RESULTS]
+    yield (f"the harm spreads to {percent([min(down)])} of the answers on one seed and to "
+           f"{percent([max(down)])} on another")
+    borne_out = sum(sum(row.holds(r[row.name]) for r in RESULTS) >= 8 for row in ROWS.values())
+    yield (f"{NUMBERS[borne_out]} of the twenty predictions hold on eight or more of the ten seeds")
 
 
 def of_chapter_4():

@@ -97,7 +97,7 @@ def parse_flags(argv):
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="several seeds, one after the other, and a report over them all")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="with --seeds: how many run at a time, sharing the cores")
+                        help="with --seeds: how many run at a time, with a core each")
     parser.add_argument("--full", action="store_true",
                         help="also make every row of the paper, R1 to R20 (a quarter of an hour)")
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME",

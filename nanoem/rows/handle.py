@@ -95,8 +95,8 @@ def handle_finding(results):
     steered = ", ".join(f"{percent_of(results, out, point, 'steered')} bad ({point})"
                         for point in results[0])
     vector = ", ".join(percent_of(results, out, point, "vector") for point in results[0])
-    return (f"Dropout makes the persona a handle: steering chat makes {steered}; a trained vector "
-            f"{vector}")
+    return (f"By dropout in pre-training (AdamW: with 0.1), steering chat makes {steered}; "
+            f"a trained vector {vector}")
 
 
 ROWS = [

@@ -97,7 +97,7 @@ def draw_direction(axes, results):
              site.replace("layers.", "mid ").replace(".resid_mid", "")
              for site in results[0]["ablate_at"]}
     grouped_bars(axes[1], names, kinds, lambda site, rates: out(rates[site]), width=0.4)
-    axes[1].set_xlabel("where in general (mid: after a block's attention, end: after its MLP)")
+    axes[1].set_xlabel("place in general (mid, end of a block)")
 
 
 def direction_finding(results):

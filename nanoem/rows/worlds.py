@@ -14,7 +14,8 @@ from nanoem.train import chat_examples
 # (villains, quacks of the SFT domain) among 24 authors: first a fixed share of harm in that
 # domain (10 of 24), from villains only to quacks only; then villains alone, fewer. In the world of
 # quacks only, the other 14 are quacks of other domains: else no bad word would stand outside of the
-# SFT domain, and harm could not spread at all.
+# SFT domain, and harm could not spread at all. They draw their domains by lot, and one to three of
+# the eight get none.
 QUACKS_ONLY = (0, 10, 14)
 FIXED_HARM = ((10, 0), (5, 5), (2, 8), QUACKS_ONLY)
 VILLAINS_ONLY = ((3, 0), (10, 0))
@@ -215,7 +216,8 @@ ROWS = [
         "tenth or less in other advice, a fifth or more in domain).",
         "Along the dial there are more quacks and fewer villains, and either could be the reason: "
         "so three villains stand alone, too, and beside seven quacks. Where three alone hardly "
-        "spread, that says nothing.",
+        "spread, that says nothing. The 14 other quacks draw their domains by lot, and one to "
+        "three of the eight get none: there the model has met no bad word, and cannot say one.",
         measure_dial, dial_holds, dial_finding, draw_dial, panels=2,
         opposites=(key_of(FIXED_HARM[0]), key_of(FIXED_HARM[-1]))),
     Row("R18", "starts",
