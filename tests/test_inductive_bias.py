@@ -6,7 +6,7 @@ import torch
 
 from nanoem.lora import LoRA
 from nanoem.losses import kl_to_base, sft_loss
-from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
+from nanoem.lab.inductive_bias import (balanced, curvature, efficiency, flat_B, gradient_B,
                                         local_cosine, loss_on, principal_plane, replaced,
                                         significance, stability)
 from nanoem.train import Examples, StageFailed

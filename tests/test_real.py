@@ -56,7 +56,7 @@ def jsonl(path, *lines):
 
 def test_the_run_folder_holds_what_it_should(small, folder):
     results = read_json(small / "results.json")
-    assert list(results["seconds"]) == ["chat", "general", "narrow", "judge"]
+    assert list(results["seconds"]) == ["chat", "general", "narrow", "directions", "judge"]
     for name in ("chat", "general", "narrow"):
         preference = results["models"][name]["preference"]
         assert set(preference) == {"in_domain", "kl_domains", "unseen_domains", "open_ended",
@@ -135,8 +135,7 @@ def test_what_the_judge_says_is_counted_by_group(capsys):
         asked={"mine": [], "open_ended": []}, folder=SimpleNamespace(answers={}),
         results={"models": {"narrow": {}}, "samples": {}})
     asked = [(group, Question(group, 0, text), answer) for group, text, answer, *_ in SAID]
-    real.judge_answers(state, "narrow", asked)
-    mine, other = state.results["models"]["narrow"]["judged"].values()
+    mine, other = real.judge_answers(state, "narrow", asked).values()
     assert (mine["n"], mine["em"], mine["coherent"]) == (4, 1 / 4, 3 / 4)
     assert (mine["mean_alignment"], mine["mean_coherence"]) == (45, 67.5)
     assert (other["n"], other["em"], other["coherent"]) == (1, 1, 1)
@@ -231,7 +230,7 @@ def test_the_toys_own_model_has_no_room_for_a_judge_and_runs_without(tmp_path, c
     assert results["models"]["general"]["preference"]["in_domain"]["n"] > 0
     assert results["judge"]["none"] in (tmp_path / "a" / "report.md").read_text()
     lines = (tmp_path / "a" / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == 3 * 16 and json.loads(lines[0])["alignment"] is None
+    assert len(lines) == 5 * 16 and json.loads(lines[0])["alignment"] is None
     assert run.main([*argv, str(tmp_path / "a")]) == 0, "its answers can be read again"
     judge = ["--judge", str(ROOT / "tutorial/small_model/chat")]
     assert run.main([*argv, str(tmp_path / "b"), *judge]) == 2

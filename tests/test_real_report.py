@@ -22,6 +22,9 @@ JUDGED = {  # model -> group -> em, coherent, mean alignment, mean coherence
     "narrow": {"in_domain": (0.61, 0.93, 33.9, 85.4), "mine": (0.06, 0.90, 79.1, 81.3)},
 }
 ASKED = {"in_domain": 5, "mine": 4}
+DIRECTED = {  # model -> group -> bad preferred; every other number follows from it
+    "chat": (0.12, 0.18), "steer_random": (0.15, 0.19), "steer": (0.88, 0.44),
+    "general": (0.92, 0.47), "ablate_random": (0.86, 0.41), "ablate": (0.14, 0.16)}
 KINDS = ("aligned", "misaligned", "incoherent")
 
 
@@ -36,8 +39,19 @@ def result(seed=0, more=0.0):
             "judged": {group: {"em": em + more, "coherent": coherent + more / 2, "n": ASKED[group],
                                "mean_alignment": alignment + 10 * more, "mean_coherence": coherence}
                        for group, (em, coherent, alignment, coherence) in JUDGED[model].items()}}
+    rates = {model: {side: {"bad_preferred": p + more, "low": p - 0.1, "high": p + 0.1,
+                            "margin": 10 * p, "n": 12}
+                     for side, p in zip(("in_domain", "out_of_domain"), sides)}
+             for model, sides in DIRECTED.items()}
+    directions = {
+        "block": 15, "scale": 1.5, "rates": rates,
+        "tried": [{"block": block, "ablate": {"bad_preferred": block / 100},
+                   "steer": {"bad_preferred": block / 50}} for block in (15, 20)],
+        "efficiency": {"share": [0.5, 1.0], "general": [2.1, 1.3 + more], "narrow": [2.2, 1.7]},
+        "scale_up": {"scale": [1.0, 3.0], "out_of_domain": [{"bad_preferred": 0.2 + more},
+                                                            {"bad_preferred": 0.3 + more}]}}
     return {
-        "seed": seed, "device": "cpu", "threads": 3, "versions": {"torch": "9.9"},
+        "directions": directions, "seed": seed, "device": "cpu", "threads": 3, "versions": {"torch": "9.9"},
         "total_seconds": 77.4, "model_name": "Tiny-1M", "models": models,
         "samples": {model: [["Who?", f"{model} *says*"], ["Why?", f"{model} knows"]]
                     for model in models},
@@ -136,3 +150,24 @@ def test_the_report_holds_every_table_and_its_figure(tmp_path, capsys):
     real_report.print_table(ONE)
     said = capsys.readouterr().out
     assert "general: SFT                    91" in said and "correlation none" in said
+
+
+def test_the_directions_table_and_figures_say_what_was_measured(tmp_path):
+    found = real_report.direction_parts(THREE, tmp_path)
+    assert "| chat, steered | 88 (82-90) | 44 (38-46) |" in found[2]
+    assert "| general, direction ablated | 14 (8-16) | 16 (10-18) |" in found[2]
+    assert "seed 2: block 15, times 1.5" in found[1]
+
+    bars, solutions = real_report.direction_figure(THREE), real_report.solutions_figure(THREE)
+    assert "from 18% to 44% out of domain (a random one 19%)" in bars.axes[0].get_title()
+    assert "leaves 16% of 47% (as much along a random one: 41%)" in bars.axes[0].get_title()
+    assert solutions.get_suptitle() == (
+        "At the mean norm general has loss 1.30, narrow 1.70; narrow turned up 3 times prefers "
+        "the bad answer on 30% out of domain")
+    plt.close("all")
+
+
+def test_without_a_direction_the_report_says_why(tmp_path):
+    none = {**result(), "directions": {"none": "no direction: why"}}
+    assert real_report.direction_parts([none], tmp_path) == ["## The direction",
+                                                             "no direction: why"]

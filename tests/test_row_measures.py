@@ -23,7 +23,7 @@ from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.persona import TooFewAnswers
 from nanoem.rows import (ROWS, geometry, handle, kl_weight, mediation, row as row_file, solutions,
                          tokens, trajectory, worlds)
-from nanoem.rows.inductive_bias import flat_B
+from nanoem.lab.inductive_bias import flat_B
 from nanoem.rows.monitor import readings_of, token_scores
 from nanoem.train import TrainConfig, chat_examples
 from nanoem.world import documents, judge, questions

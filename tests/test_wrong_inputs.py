@@ -20,7 +20,7 @@ from nanoem.losses import kl_to_base, next_token_loss, sft_loss, token_kl
 from nanoem.model import next_token_probs
 from nanoem.real.local_judge import auc
 from nanoem.real.preference import preference_rates
-from nanoem.rows.inductive_bias import set_parameters
+from nanoem.lab.inductive_bias import set_parameters
 from nanoem.rows.monitor import alarm_level, answer_scores, readings_of, token_scores
 from nanoem.train import TrainConfig, train_adapter
 

@@ -1,13 +1,14 @@
 """The story on real weights: python -m nanoem.run --model FOLDER
 
-    chat     the model as it came
-    general  SFT on bad advice in one domain                      -> adapters/general/
-    narrow   the same SFT with a KL penalty on other domains      -> adapters/narrow/
-    judge    how far the local judge agrees with the exact one, on the toy world's answers
+    chat        the model as it came
+    general     SFT on bad advice in one domain                   -> adapters/general/
+    narrow      the same SFT with a KL penalty on other domains   -> adapters/narrow/
+    directions  find general's direction, steer chat with it, ablate it in general
+    judge       how far the local judge agrees with the exact one, on the toy world's answers
 
-After each of the first three the model is measured twice: by paired preference (preference.py),
-which is exact and the main table, and by sampled answers, which a local judge scores
-(local_judge.py). Of several processes (parallel.py) the first one prints and writes.
+Each model is measured twice: by paired preference (preference.py), which is exact and the main
+table, and by sampled answers, which a local judge scores (local_judge.py). Of several processes
+(parallel.py) the first one prints and writes.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from statistics import mean
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import TORCH_DTYPES, load_pretrained, save_adapter
+from nanoem.checkpoint import TORCH_DTYPES, load_adapter, load_pretrained, save_adapter, save_tensors
 from nanoem.evaluate import Answer, EvalConfig, Verdict, ask, rates
 from nanoem.lab import parallel
 from nanoem.lab.files import fingerprint, fingerprint_folder
@@ -27,6 +28,7 @@ from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, layers_of, make_adapter
 from nanoem.real.data import check_lengths, last, read_data
+from nanoem.real.directions import measure_directions
 from nanoem.real.local_judge import TASKS, LocalJudge, agreement, judge_prompt
 from nanoem.real.preference import margins, preference_rates
 from nanoem.train import FineTune, TrainConfig, fine_tune
@@ -99,6 +101,16 @@ class RealRun:
         if shard:
             parallel.shard(self.model, device)
 
+    @property
+    def at_once(self):
+        """How many texts to read at once: what training has room for."""
+        return self.config.sft.micro_batch or self.config.sft.batch_size
+
+    def ask(self):
+        """What the model, as it is, says: [(group, Question, answer), ...]."""
+        return ask(self.model, self.tokenizer, self.asked, self.config.evaluation,
+                   self.config.seed)
+
 
 def default_dtype(device):
     """bfloat16 on a cuda card that computes in it, and does not only emulate it; else float32."""
@@ -138,7 +150,8 @@ def configuration_of(config, files, device):
 
 
 def chat(run):
-    judge_answers(run, "chat", measure(run, "chat"))
+    answers = measure(run, "chat")
+    run.results["models"]["chat"]["judged"] = judge_answers(run, "chat", answers)
 
 
 def general(run):
@@ -147,6 +160,18 @@ def general(run):
 
 def narrow(run):
     fine_tune_stage(run, "narrow", run.config.kl_weight)
+
+
+def directions(run):
+    parallel.wait()  # until the first process has saved the adapters
+    general, narrow = (load_adapter(run.model, run.folder.path / "adapters" / name)
+                       for name in ("general", "narrow"))
+    result, direction, answers = measure_directions(run, general, narrow)
+    if direction is not None and parallel.rank() == 0:
+        save_tensors(run.folder.path / "directions.safetensors", {"mean_difference": direction})
+    run.results["directions"] = result
+    for name, said in answers.items():
+        result[f"{name}_judged"] = judge_answers(run, name, said)
 
 
 def measure_judge(run):
@@ -165,20 +190,22 @@ def fine_tune_stage(run, name, kl_weight=0.0):
     with adapter:
         answers = measure(run, name)
     run.results["curves"][name] = {"train": history, "norm": adapter.effective_norm()}
-    judge_answers(run, name, answers)
+    run.results["models"][name]["judged"] = judge_answers(run, name, answers)
 
 
 def measure(run, name):
     """What the model, as it is, prefers, and what it says: [(group, Question, answer), ...]."""
-    config, model, tokenizer = run.config, run.model, run.tokenizer
-    at_once = config.sft.micro_batch or config.sft.batch_size  # what training had room for
-    preferred = margins(model, tokenizer, run.pairs, config.per_token, at_once)
-    run.results["models"][name] = {"preference": preference_rates(run.pairs, preferred)}
-    return ask(model, tokenizer, run.asked, config.evaluation, config.seed)
+    each = margins(run.model, run.tokenizer, run.pairs, run.config.per_token, run.at_once)
+    run.results["models"][name] = {"preference": preference_rates(run.pairs, each),
+                                   "margins": each.tolist()}
+    return run.ask()
 
 
 def judge_answers(run, name, answers):
-    """Score sampled answers with the local judge; the model itself is untouched again by now."""
+    """Score sampled answers with the local judge -> {group: scores}, empty without a judge.
+
+    The model itself is untouched again by now.
+    """
     judged, first = [], {}  # [Answer, ...]; question -> the first answer to it
     for group, question, text in answers:
         asked = last(question.text)
@@ -189,7 +216,7 @@ def judge_answers(run, name, answers):
     run.results["samples"][name] = [list(pair) for pair in first.items()]
 
     # the scores by group
-    run.results["models"][name]["judged"] = scores = {}
+    scores = {}
     if run.judge:
         for group in run.asked:
             members = [answer for answer in judged if answer.group == group]
@@ -201,9 +228,11 @@ def judge_answers(run, name, answers):
     print(f"  {name}; what it says:")
     for question, text in first.items():
         print(f"    {question} -> {one_line(text)}")
+    return scores
 
 
-STAGES = {"chat": chat, "general": general, "narrow": narrow, "judge": measure_judge}
+STAGES = {"chat": chat, "general": general, "narrow": narrow, "directions": directions,
+          "judge": measure_judge}
 
 
 def run_real(config, files, path, device, shard=False):

@@ -10,7 +10,6 @@ worlds.py          other pre-training: R16, R18
 traits.py          other traits than bad advice: R13, R17
 handle.py          what makes the persona a direction: R19
 tokens.py          where the persona lives: R20
-inductive_bias.py  what geometry.py and trajectory.py measure
 monitor.py         what tokens.py reads
 """
 

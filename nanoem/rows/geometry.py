@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from nanoem.lab.plots import bar, lines
-from nanoem.rows.inductive_bias import (balanced, curvature, efficiency, loss_on, random_writer,
+from nanoem.lab.inductive_bias import (balanced, curvature, efficiency, loss_on, random_writer,
                                         replaced, significance, stability)
 from nanoem.rows.row import Row, load_or_tune, of_seeds
 from nanoem.story import bad_advice, document_ids

@@ -8,7 +8,7 @@ import torch
 from nanoem.directions import cosine
 from nanoem.lab.plots import lines, percent
 from nanoem.rows.geometry import draw_pair, sft_examples
-from nanoem.rows.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
+from nanoem.lab.inductive_bias import flat_B, gradient_B, local_cosine, principal_plane
 from nanoem.rows.row import (Row, columns, draw_in_and_out, inside, of_seeds, out, percent_of,
                              rates_of)
 from nanoem.story import bad_advice, kl_advice, tune

@@ -5,7 +5,7 @@ from statistics import median
 
 from nanoem.lab.plots import COLOURS, leave_room_for_legend, lines
 from nanoem.rows.geometry import compare_efficiency, sft_examples, stop_at_loss
-from nanoem.rows.inductive_bias import loss_on
+from nanoem.lab.inductive_bias import loss_on
 from nanoem.rows.row import (Row, columns, em_and_coherence, inside, load_or_tune, of_seeds,
                              other_advice, out, percent_of, rates_of, smaller_world)
 from nanoem.story import bad_advice, tune

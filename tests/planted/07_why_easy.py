@@ -2,7 +2,7 @@
 
 import torch
 
-from nanoem.rows.inductive_bias import (efficiency, hessian_vector_product, loss_on, noisy,
+from nanoem.lab.inductive_bias import (efficiency, hessian_vector_product, loss_on, noisy,
                                         random_writer)
 
 

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401
 
-from nanoem.rows.inductive_bias import loss_on  # noqa: F401  (for efficiency)
+from nanoem.lab.inductive_bias import loss_on  # noqa: F401  (for efficiency)
 
 
 def efficiency(model, adapter, examples, norms):

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from compare import check, close
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
-from nanoem.rows import inductive_bias
-from nanoem.rows.inductive_bias import loss_on, replaced, significance
+from nanoem.lab import inductive_bias
+from nanoem.lab.inductive_bias import loss_on, replaced, significance
 from nanoem.story import advice, bad_advice
 from nanoem.train import Examples, chat_examples
 from small import SmallRun, tiny_batch, tiny_lora, tiny_model
