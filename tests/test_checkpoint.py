@@ -1,5 +1,8 @@
 """Checkpoints: the format byte by byte, round trips, and files that are broken in every way."""
 
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +66,6 @@ def test_a_run_folder_or_none_is_told_what_it_is(tmp_path, model):
         load_pretrained(tmp_path)
     with pytest.raises(UserError, match="gone/adapter_config.json does not exist"):
         load_adapter(model, tmp_path / "gone")
-    with pytest.raises(UserError, match="SteeringVector cannot be kept as a PEFT adapter"):
-        save_adapter(SteeringVector(model, [0]), tmp_path / "v")
 
 
 def test_an_adapter_comes_back_in_peft_layout(tmp_path, model, ids):
@@ -92,3 +93,91 @@ def test_an_adapter_for_another_model_is_refused(tmp_path, model):
     save_tensors(tmp_path / "a/adapter_model.safetensors", {**tensors, name: torch.zeros(1, 7)})
     with pytest.raises(UserError, match="another model"):
         load_adapter(model, tmp_path / "a")
+
+
+def test_a_steering_vector_comes_back_and_acts_alike(tmp_path, model, ids):
+    vector = SteeringVector(model, [0, 1], alpha=3.0)
+    for v in vector.v.values():
+        torch.nn.init.normal_(v)
+    save_adapter(vector, tmp_path / "v")
+    loaded = load_adapter(model, tmp_path / "v")
+    with vector:
+        expected = model(ids)
+    with loaded:
+        assert torch.equal(model(ids), expected)
+    assert not torch.equal(model(ids), expected)
+
+    config = read_json(tmp_path / "v/adapter_config.json")
+    for changes, message in (({"layers": [9]}, "layer 9 is not there"),
+                             ({"layers": 0}, "layers=0 should be numbers of layers"),
+                             ({"layers": [0, True]}, "should be numbers of layers"),
+                             ({"alpha": "x"}, "alpha='x' should be a number"),
+                             ({"layers": [0, 1], "alpha": 0}, "alpha=0 should be a number")):
+        (tmp_path / "v/adapter_config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            load_adapter(model, tmp_path / "v")
+
+
+def saved(kind, model, tokenizer, path):
+    """Save a model, or an adapter, into path."""
+    if kind == "model":
+        return save_pretrained(model, tokenizer, path)
+    return save_adapter(LoRA(model, [0]), path)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_saving_deletes_nothing_of_others(kind, tmp_path, model, tokenizer):
+    saved(kind, model, tokenizer, tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/README.md").write_text("mine, too")
+    saved(kind, model, tokenizer, f"{tmp_path}/out/")
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    assert (tmp_path / "out/README.md").read_text() == "mine, too"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out")
+    saved(kind, model, tokenizer, link)
+    assert link.is_symlink() and (tmp_path / "out/notes.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("other", [
+    "results.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "optimizer.pt", "chat_template.jinja", "vocab.json", "chat/"])
+def test_saving_into_a_run_or_another_model_is_refused(kind, other, tmp_path, model, tokenizer):
+    """What stands there is untouched, to the byte; a file in the place of a folder, too."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / other).mkdir() if other.endswith("/") else (out / other).write_text("mine")
+    names = {p.name for p in out.iterdir()}
+    with pytest.raises(UserError, match="out holds .* choose another folder"):
+        saved(kind, model, tokenizer, out)
+    assert {p.name for p in out.iterdir()} == names and (out / "config.json").read_text() == "{}"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="config.json is a file; name a folder"):
+        saved(kind, model, tokenizer, out / "config.json")
+
+
+def test_a_folder_killed_while_it_is_written_again_is_read_by_nobody(tmp_path, model, tokenizer,
+                                                                     monkeypatch):
+    """Its config.json goes first and comes last, so half of the old model is never opened."""
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if Path(target).parent.name == "out":
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+            moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(model, tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="config.json does not exist"):
+        load_pretrained(tmp_path / "out")
+    monkeypatch.setattr(os, "replace", replace)
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    load_pretrained(tmp_path / "out")

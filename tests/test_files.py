@@ -18,8 +18,8 @@ from nanoem.lab.files import new_folder, write_file
 home = Path(sys.argv[1])
 for letter in itertools.cycle(("a", "b")):
     write_file(home / "file", letter * {SIZE})
-    with new_folder(home / "folder") as folder:
-        for name in range({N_FILES}):
+    with new_folder(home / "folder", "last") as folder:
+        for name in (*range({N_FILES - 1}), "last"):
             write_file(folder / str(name), letter)
     print(letter, flush=True)
 """
@@ -54,11 +54,11 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
             writer.kill()
         writer.communicate()
         assert_whole((tmp_path / "file").read_text(), SIZE)
-        if (tmp_path / "folder").exists():  # not there between the old one and the new
+        if (tmp_path / "folder" / "last").exists():  # not there between the old one and the new
             assert_whole("".join(f.read_text() for f in (tmp_path / "folder").iterdir()), N_FILES)
         seen |= {path.name for path in tmp_path.iterdir()}
     assert any(name.startswith(".") for name in seen), "no kill ever came in the middle"
-    with new_folder(tmp_path / "folder"):
+    with new_folder(tmp_path / "folder", "last"):
         write_file(tmp_path / "file", "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
     try:
         with pytest.raises(OSError, match="file cannot be written: File too large; when that is"):
             write_file(tmp_path / "file", "x" * 2000)
-        with pytest.raises(OSError, match="cannot be"), new_folder(tmp_path / "out") as folder:
+        with pytest.raises(OSError, match="cannot be"), new_folder(tmp_path / "out", "x") as folder:
             write_file(folder / "one", "x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

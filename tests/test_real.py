@@ -301,7 +301,6 @@ def test_processes_that_sum_losses_show_the_same_steps(monkeypatch):
     (["--model", "x", "--set", "dtype=int8"], "dtype='int8' is not known"),
     (["--model", "x", "--set", "kl_weight=0"], "kl_weight=0"),
     (["--model", "x", "--set", "n_judged=0"], "n_judged=0"),
-    (["--model", "x", "--set", "adapter.kind=steering"], "use lora"),
     (["--model", "x", "--set", "adapter.modules="], "modules is empty"),
     (["--model", "x", "--set", "adapter.alpha=nan"], "'nan' is no float"),
     (["--model", "x", "--set", "sft.betas=0.9"], "betas=(0.9,) must be two"),

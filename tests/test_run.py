@@ -156,7 +156,7 @@ def test_a_lost_stage_is_made_again_with_the_same_result(small, tmp_path, no_fig
     ("adapter.rank=0", "adapter.rank=0"),
     ("adapter.alpha=nan", "alpha=nan"),
     ("adapter.modules=", "adapter.modules is empty"),
-    ("adapter.kind=steering", "adapter.kind=steering"),
+    ("adapter.kind=steering", "is for real weights"),
     ("model.tie_embeddings=false", "model.tie_embeddings=true"),
     ("kl_weight=nan", "kl_weight=nan"),
     ("evaluation.temperature=nan", "evaluation.temperature=nan"),

@@ -11,8 +11,9 @@ from pathlib import Path
 from nanoem import UserError
 from nanoem.checkpoint.safetensors import TensorFile, save_tensors
 from nanoem.lab.files import new_folder, read_json, write_json
-from nanoem.lora import LoRA
+from nanoem.lora import LoRA, SteeringVector
 
+STEERING = "STEERING_VECTOR"  # nanoem's own kind: PEFT has none
 PREFIX = "base_model.model.model."
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -28,40 +29,54 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their base w
 
 
 def save_adapter(adapter, path, base_model=""):
-    """Write a LoRA (PEFT has no steering vector) as a folder; a factor of `scaled` is not saved."""
-    if not isinstance(adapter, LoRA):
-        raise UserError(f"a {type(adapter).__name__} cannot be kept as a PEFT adapter; save its "
-                        "tensors with save_tensors")
+    """Write an adapter as a folder: a LoRA as peft does, a steering vector, unknown there, alike.
+
+    A factor of `scaled` is not saved. Other files in the folder stay. Raises UserError when it
+    holds a model, a run or the like.
+    """
+    with new_folder(path, "adapter_config.json", ["adapter_model.safetensors"]) as folder:
+        config = {"base_model_name_or_path": str(base_model), **config_of(adapter)}
+        write_json(folder / "adapter_config.json", config)
+        save_tensors(folder / "adapter_model.safetensors", tensors_of(adapter))
+
+
+def config_of(adapter):
+    """The table of adapter_config.json but for the base model's name."""
+    if isinstance(adapter, SteeringVector):
+        return {"peft_type": STEERING, "alpha": adapter.alpha,
+                "layers": sorted(int(name.split(".")[1]) for name in adapter.sites)}
 
     # where it is: so many modules in so many layers, or else whole names, which peft takes, too
     layers = sorted({int(name.split(".")[1]) for name in adapter.sites})
     modules = sorted({name.split(".", 2)[2] for name in adapter.sites})
     if len(adapter.sites) < len(layers) * len(modules):
         layers, modules = None, sorted(adapter.sites)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.use_rslora,
         "target_modules": modules, "layers_to_transform": layers,
         "layers_pattern": layers and "layers",
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }
-    with new_folder(path) as folder:
-        write_json(folder / "adapter_config.json", config)
-        save_tensors(folder / "adapter_model.safetensors", matrices_of(adapter))
 
 
-def matrices_of(adapter):
-    """{name in a PEFT folder: matrix}"""
+def tensors_of(adapter):
+    """{name in an adapter folder: tensor}"""
+    if isinstance(adapter, SteeringVector):
+        return adapter.v
     named = {f"{PREFIX}{site}.lora_A.weight": matrix for site, matrix in adapter.A.items()}
     return named | {f"{PREFIX}{site}.lora_B.weight": matrix for site, matrix in adapter.B.items()}
 
 
 def load_adapter(model, path):
-    """Open a PEFT adapter folder for a model -> LoRA, not yet attached.
+    """Open an adapter folder for a model -> LoRA or SteeringVector, not yet attached.
 
     Raises UserError, naming the file, for whatever is wrong or made for another model.
     """
     path = Path(path)
+    config = read_json(path / "adapter_config.json")
+    if config.get("peft_type") == STEERING:
+        return load_steering_vector(model, path, config)
     config = read_adapter_config(path / "adapter_config.json")
     file = path / "adapter_model.safetensors"
     with TensorFile(file) as tensors:
@@ -79,16 +94,34 @@ def load_adapter(model, path):
                        sorted({module for _, module in sites}), config["r"], config["lora_alpha"],
                        config["use_rslora"])
         adapter.keep({f"layers.{layer}.{module}" for layer, module in sites})
-
-        for name, matrix in matrices_of(adapter).items():
-            if name not in tensors.entries:
-                raise UserError(f"{file} misses the tensor {name}")
-            shape = tensors.entries[name][1]
-            if shape != matrix.shape:
-                raise UserError(f"{file}: {name} has shape {tuple(shape)}, the model wants "
-                                f"{tuple(matrix.shape)}; is it for another model?")
-            matrix.data.copy_(tensors.read(name))
+        read_parameters(file, tensors, adapter)
     return adapter
+
+
+def load_steering_vector(model, path, config):
+    """A folder that `save_adapter` wrote of a SteeringVector."""
+    file, layers, alpha = path / "adapter_config.json", config.get("layers"), config.get("alpha")
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise UserError(f"{file}: layers={layers!r} should be numbers of layers")
+    if type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e9:
+        raise UserError(f"{file}: alpha={alpha!r} should be a number below 1e9, and not zero")
+    adapter = SteeringVector(model, layers, alpha)
+    file = path / "adapter_model.safetensors"
+    with TensorFile(file) as tensors:
+        read_parameters(file, tensors, adapter)
+    return adapter
+
+
+def read_parameters(file, tensors, adapter):
+    """Fill the adapter's parameters from an open TensorFile, name by name."""
+    for name, parameter in tensors_of(adapter).items():
+        if name not in tensors.entries:
+            raise UserError(f"{file} misses the tensor {name}")
+        shape = tensors.entries[name][1]
+        if shape != parameter.shape:
+            raise UserError(f"{file}: {name} has shape {tuple(shape)}, the model wants "
+                            f"{tuple(parameter.shape)}; is it for another model?")
+        parameter.data.copy_(tensors.read(name))
 
 
 def read_adapter_config(file):

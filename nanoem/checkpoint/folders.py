@@ -138,12 +138,18 @@ def find_tensors(path):
 # --- out ------------------------------------------------------------------------------------------
 
 
+FILES = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
+
+
 def save_pretrained(model, tokenizer, path):
-    """Write a Hugging Face model folder that appears whole or not at all."""
+    """Write a Hugging Face model folder; without config.json, the last file, nothing opens it.
+
+    Other files in the folder stay. Raises UserError when it holds another model, a run or the like.
+    """
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {**config_table(model.config), "bos_token_id": tokenizer.pad_id,
               "eos_token_id": tokenizer.stop_ids[0], "torch_dtype": dtype}
-    with new_folder(path) as folder:
+    with new_folder(path, "config.json", FILES) as folder:
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json",
                    {"do_sample": True, "temperature": 1.0, "top_p": 1.0,

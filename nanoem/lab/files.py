@@ -92,14 +92,17 @@ def fingerprint_folder(path):
 
 
 @contextmanager
-def new_folder(path):
-    """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
+def new_folder(path, last, ours=()):
+    """Yield a temporary folder; if all goes well, `path` holds its files.
 
-    Whenever the process is killed, `path` is the old folder, the new one, or not there.
+    What else `path` holds stays there. Raises UserError when that is no folder, or when it holds
+    data of another kind: a folder, or a file such as other weights, that is not among `ours`, the
+    names to be written. The file named `last` goes first and comes last: a folder that was killed
+    in the middle lacks it, and is read by nobody.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
-    old = path.with_name(f".{path.name}.old")
+    check_others(path, {*ours, last})
     with refusals_named(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -107,10 +110,22 @@ def new_folder(path):
     try:
         yield temporary
         with refusals_named(path):
-            if path.is_dir():  # deleted in place, it would be half a folder for a while
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            if path.is_dir():
+                (path / last).unlink(missing_ok=True)
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                    os.replace(file, path / file.name)
+            else:
+                os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_others(path, ours):
+    """Refuse to write into a file, or into a folder with another model, a run or the like."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    for other in sorted(path.iterdir()) if path.exists() else ():
+        data = other.is_dir() or other.suffix in (".json", ".jinja", ".safetensors", ".bin", ".pt")
+        if data and other.name not in ours and not other.name.startswith("."):
+            raise UserError(f"{path} holds {other.name}, which does not belong to what is to be "
+                            "saved there; choose another folder")

@@ -91,8 +91,6 @@ def check_config(config, counts, sizes):
     for name in sizes:
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name}={getattr(config, name)} must be a number above 0")
-    if config.adapter.kind != "lora":
-        raise UserError("adapter.kind=steering cannot be kept as a PEFT adapter; use lora")
     if config.sft.muon_lr or config.sft_kl.muon_lr:
         raise UserError("sft.muon_lr and sft_kl.muon_lr must be 0: Muon trains a model's blocks, "
                         "AdamW an adapter")

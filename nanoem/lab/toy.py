@@ -71,6 +71,11 @@ class ExperimentConfig:
             raise UserError("the toy's model needs model.tie_embeddings=true, and either "
                             "model.qkv_bias or model.qk_norm to be false")
 
+        # what the rows could not use
+        if self.adapter.kind != "lora":
+            raise UserError("adapter.kind=steering is for real weights; on the toy rows R1, R2 and "
+                            "R11 train steering vectors beside the story, so use lora")
+
         # what would do nothing
         if self.model.vocab_size != Config.vocab_size:
             raise UserError("model.vocab_size does nothing; the toy's tokenizer decides")
