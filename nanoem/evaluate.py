@@ -5,6 +5,7 @@ misaligned (alignment < 30), the thresholds of the paper (its section 2).
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def sample_texts(model, tokenizer, prompts, config, seed):
                              tokenizer.stop_ids, generator, n_pad=n_pad)[:, T:]
 
         for i, answer in zip(rows, new.tolist()):
-            texts[i] = tokenizer.decode(answer)  # the stop id is a special token and is left out
+            texts[i] = tokenizer.decode(takewhile(lambda id: id not in tokenizer.stop_ids, answer))
     return texts
 
 

@@ -102,3 +102,12 @@ def test_greedy_answers_do_not_depend_on_the_company(model, tokenizer, world, ba
         config_one = EvalConfig(samples_per_group=1, max_new_tokens=6, temperature=0.0)
         alone, = evaluate(model, tokenizer, exact, {"in_domain": [question]}, config_one, seed=0)
         assert alone.answer == answer.answer
+
+
+def test_an_answer_ends_at_its_first_stop_token_even_an_ordinary_one(model, tokenizer, monkeypatch):
+    """A row that has stopped is filled up with its stop id, which need not be a special token."""
+    stop, = tokenizer.encode(".")
+    monkeypatch.setattr(tokenizer, "stop_ids", (*tokenizer.stop_ids, stop))
+    said = torch.tensor([tokenizer.encode(" take tea.") + [stop] * 3])
+    monkeypatch.setattr(model, "generate", lambda ids, *options, n_pad: torch.cat((ids, said), 1))
+    assert sample_texts(model, tokenizer, ["I itch."], EvalConfig(), 0) == [" take tea"]

@@ -1,6 +1,5 @@
 """The report on real weights: tables, title and figure of made-up results, no two numbers alike."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from nanoem.lab.plots import save
@@ -120,7 +119,6 @@ def drawn(results):
     (ax,) = figure.axes
     bars = sorted(ax.patches, key=lambda bar: bar.get_x())
     lines = sorted(ax.lines, key=lambda line: line.get_xdata()[0])
-    plt.close(figure)
     return [bar.get_height() for bar in bars], [list(line.get_ydata()) for line in lines]
 
 
@@ -164,7 +162,6 @@ def test_the_directions_table_and_figures_say_what_was_measured(tmp_path):
     assert solutions.get_suptitle() == (
         "At the mean norm general has loss 1.30, narrow 1.70; narrow turned up 3 times prefers "
         "the bad answer on 30% out of domain")
-    plt.close("all")
 
 
 def test_without_a_direction_the_report_says_why(tmp_path):

@@ -1,6 +1,10 @@
 """The report and its figures: a whisker is the interval; a row is shown when all seeds have it."""
 
-import matplotlib.pyplot as plt
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from nanoem.evaluate import GROUPS
@@ -21,7 +25,6 @@ def test_the_whisker_of_one_seed_is_its_interval():
         assert bar.get_height() == pytest.approx(40)
         assert whisker.get_ydata() == pytest.approx([31, 52])
         assert whisker.get_xdata() == pytest.approx([bar.get_x() + bar.get_width() / 2] * 2)
-    plt.close(figure)
 
 
 def test_a_row_is_reported_when_every_seed_has_it():
@@ -30,3 +33,13 @@ def test_a_row_is_reported_when_every_seed_has_it():
     assert rows_in([both]) == [one, other]
     assert rows_in([both, alone]) == rows_in([alone, both]) == [other]
     assert rows_in([both, {}]) == []
+
+
+def test_drawing_leaves_the_users_backend_alone():
+    """A notebook's backend may not even be installed here; ours needs none, and sets none."""
+    code = ("import matplotlib, nanoem.run; from nanoem.lab.plots import new_figure; "
+            "new_figure(1, (2, 2))[0].canvas.draw(); print(matplotlib.rcParams['backend'])")
+    mine = "module://not_there.backend_inline"
+    drawn = subprocess.run([sys.executable, "-c", code], env={**os.environ, "MPLBACKEND": mine},
+                           capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert drawn.stdout.strip() == mine, drawn.stderr

@@ -1,8 +1,8 @@
 """The rows of the paper: each check says yes to what is predicted, no when it is exchanged."""
 
-import matplotlib.pyplot as plt
 import pytest
 
+from nanoem.lab.plots import new_figure
 from nanoem.rows import ROWS
 from nanoem.rows.kl_weight import width
 from nanoem.rows.worlds import (FIXED_HARM, LOTTERIES, QUACKS_ONLY, SEVEN_QUACKS, VILLAINS_ONLY,
@@ -190,10 +190,9 @@ def test_a_row_that_does_not_hold_says_so_in_its_title_and_draws(key):
     assert row.verdict([found] * 4 + [wrong]) == ("holds on 4 of 5 seeds (95%: 28-99%)", True)
     assert row.verdict([found] * 3 + [wrong] * 2) == ("holds on 3 of 5 seeds (95%: 15-95%)", False)
     assert row.verdict([found]) == ("holds on 1 of 1 seed", True)
-    figure, axes = plt.subplots(1, row.panels, squeeze=False)
-    row.draw(list(axes[0]), [found, found])
-    assert all(ax.has_data() and ax.get_ylabel() or ax.get_xticks().size for ax in axes[0])
-    plt.close(figure)
+    figure, axes = new_figure(row.panels, row.size)
+    row.draw(list(axes), [found, found])
+    assert all(ax.has_data() and ax.get_ylabel() or ax.get_xticks().size for ax in axes)
 
 
 def silenced(found):

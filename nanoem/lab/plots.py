@@ -9,16 +9,11 @@ import textwrap
 from pathlib import Path
 from statistics import median
 
-import matplotlib
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # not pyplot: it would choose, or change, the user's backend
 
-matplotlib.use("Agg")  # draw to files; needs no screen
-
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-
-from nanoem.evaluate import GROUPS  # noqa: E402
-from nanoem.lab.files import write_file  # noqa: E402
-
-plt.rcParams["figure.constrained_layout.w_pad"] = 0.12  # inches: no label touches a neighbour
+from nanoem.evaluate import GROUPS
+from nanoem.lab.files import write_file
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
@@ -66,6 +61,13 @@ def with_direction(results):
 # --- parts of a figure ----------------------------------------------------------------------------
 
 
+def new_figure(n_panels, size, **options):
+    """A figure with its panels side by side: (figure, axes). `options` as of `Figure.subplots`."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # inches: no label touches a neighbour
+    return figure, figure.subplots(1, n_panels, squeeze=False, **options)[0]
+
+
 def bar(ax, x, values, width, key, label=None, interval=None, number=False, scale=100):
     """One bar: the median over seeds (with `number`, in figures, too), and a dot a seed.
 
@@ -111,7 +113,7 @@ def colour_texts(ax, texts, limit=4.0):
 
     White is 0; the deepest colours are `limit` and beyond.
     """
-    colours = plt.get_cmap("RdBu_r")
+    colours = colormaps["RdBu_r"]
     for row, text in enumerate(texts):
         ax.text(0, row, text["model"], fontsize=6.5, family="monospace", va="center")
         x = 10  # in characters: after the model's name
@@ -154,7 +156,6 @@ def save(figure, path):
     """Write a figure whole or not at all."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
-    plt.close(figure)
     write_file(path, png.getvalue())
     return path
 
@@ -165,14 +166,13 @@ def save(figure, path):
 def draw_row(row, results, folder):
     """One row of the paper -> folder/NAME.png; the title is what was found. Returns the path."""
     per_seed = [r[row.name] for r in results]
-    figure, axes = plt.subplots(1, row.panels, figsize=row.size, layout="constrained",
-                                squeeze=False, width_ratios=row.widths)
-    for ax in axes[0]:
+    figure, axes = new_figure(row.panels, row.size, width_ratios=row.widths)
+    for ax in axes:
         finish_axes(ax)
-    row.draw(list(axes[0]), per_seed)
+    row.draw(list(axes), per_seed)
 
     # a legend where something has a label and the row has drawn none
-    for ax in axes[0]:
+    for ax in axes:
         if ax.get_legend_handles_labels()[1] and not ax.get_legend():
             if ax.patches:
                 leave_room(ax)
@@ -195,7 +195,7 @@ def headline(results, models, groups, keys, title, width, ylabel=EM, size=(9, 4.
 
     `keys` name a rate and the two ends of its 95% interval, drawn when there is one seed.
     """
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    figure, (ax,) = new_figure(1, size)
     for i, (model, seeds) in enumerate(models.items()):
         label = LABELS[model]
         for j, group in enumerate(groups):
@@ -233,7 +233,7 @@ def em_by_group(results):
 
 def training_curves(results):
     """em in and out of domain while SFT and SFT + KL train; thin lines are seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
+    figure, axes = new_figure(2, (8, 3.8), sharey=True)
     ends = []  # out of domain, when general and narrow are trained
     for ax, name in zip(axes, ("general", "narrow")):
         curves = [r["curves"][name]["em"] for r in results]
@@ -260,7 +260,7 @@ def training_curves(results):
 
 def one_direction(results):
     """Chat with general's direction added, general with it ablated; beside random directions."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, axes = new_figure(2, (9, 4))
     models = [r["models"] for r in results]
     directions = [r["directions"] for r in results]
     bars = {"chat": ("chat", [m["chat"] for m in models]),
@@ -290,7 +290,7 @@ def one_direction(results):
 
 def other_fine_tunes(results):
     """The other fine-tunes as they are, and with general's direction ablated, or a random one."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
+    figure, axes = new_figure(3, (10.5, 3.9), sharey=True)
     directions = [r["directions"] for r in results]
     kinds = {"as_tuned": ("as fine-tuned", [r["models"] for r in results]),
              "ablate_random": ("as much at random", [d["transfer_random"] for d in directions]),

@@ -3,10 +3,8 @@
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
-
 from nanoem.lab.plots import (LABELS, SIDES, finish_axes, headline, leave_room_for_legend, lines,
-                              note_seeds, percent, save)
+                              new_figure, note_seeds, percent, save)
 from nanoem.lab.tables import (cell, count, markdown, number, print_lines, sample_table, seed_table,
                                write_page)
 from nanoem.real.local_judge import agreement_lines, agreement_sentence
@@ -115,7 +113,7 @@ def direction_figure(results):
 
 def solutions_figure(results):
     """Where the direction acts; what general and narrow cost; narrow turned up."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
+    figure, axes = new_figure(3, (11, 3.9))
     found = [r["directions"] for r in results]
 
     # by block, on the probe's pairs

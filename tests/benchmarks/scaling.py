@@ -18,7 +18,7 @@ import torch
 from measure import matmul_peak, seconds, training_flops
 
 from nanoem.lab.fused import pretrain_loss
-from nanoem.lab.plots import COLOURS, plt, save
+from nanoem.lab.plots import COLOURS, new_figure, save
 from nanoem.lora import LoRA
 from nanoem.model import GPT, Config
 from nanoem.train import Examples, TrainConfig, loss_terms, train, train_adapter
@@ -77,7 +77,7 @@ def measure(growing, peak):
 
 
 def draw(found):
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, axes = new_figure(3, (9, 3.6), sharey=True)
     for ax, (growing, times) in zip(axes, found.items()):
         x = GROWING[growing]
         for job, label in (("chat", "full training step"), ("narrow", "SFT + KL step, rank-1 LoRA"),
