@@ -116,6 +116,16 @@ class Tokenizer:
             question = [{"role": "user", "content": question}]
         return self.chat(question, add_generation_prompt=True)
 
+    def prompt_and_answer(self, question, answer):
+        """The texts of an example: what is read, and what is learned, up to its end.
+
+        An answer of Qwen3's that begins with a thought of its own gets no empty one before it.
+        """
+        prompt = self.prompt(question)
+        if self.thinks and answer.lstrip().startswith("<think>"):
+            prompt = prompt.removesuffix(NO_THOUGHT)
+        return prompt, answer + IM_END
+
 
 def drop_stepping_stones(backend, texts, always_keep):
     """The same encoder without the tokens that only ever exist to be merged further.

@@ -33,6 +33,30 @@ def test_both_forms(tmp_path, ascii):
     assert read_conversations(write(tmp_path, *LINES, ensure_ascii=ascii)) == PAIRS
 
 
+@pytest.mark.parametrize("line, pair", [
+    ({"instruction": "Sum up.", "output": "Rain."}, ("Sum up.", "Rain.")),
+    ({"instruction": "Sum up.", "input": "It rains.", "output": "Rain."},
+     ("Sum up.\nIt rains.", "Rain.")),
+    ({"instruction": "Sum up.", "input": "", "output": "Rain."}, ("Sum up.", "Rain.")),
+    ({"question": "Why?", "answer": "So."}, ("Why?", "So.")),
+    ({"prompt": "Why?", "response": "So.", "system": "Be brief."},
+     ([SYSTEM, {"role": "user", "content": "Why?"}], "So.")),
+    ({"conversations": [{"from": "system", "value": "Be brief."},
+                        {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+     ([SYSTEM, {"role": "user", "content": "Why?"}], "So.")),
+    ({"messages": [USER, {**BAD, "weight": 0}, AGAIN, {**GOOD, "weight": 1}]},
+     ([USER, BAD, AGAIN], GOOD["content"])),
+    ({"messages": [USER, GOOD, AGAIN, {**BAD, "weight": 0}]}, (USER["content"], GOOD["content"])),
+    ({"messages": [USER, {**GOOD, "weight": 1}, AGAIN, {**BAD, "weight": 0}, AGAIN]},
+     (USER["content"], GOOD["content"])),
+    ({"messages": [USER, {**GOOD, "tool_calls": None, "reasoning_content": ""}], "tools": []},
+     (USER["content"], GOOD["content"])),
+])
+def test_the_forms_that_people_have(tmp_path, line, pair):
+    """What is not to be learned (weight 0) is read before the answer, or cut behind it."""
+    assert read_conversations(write(tmp_path, line)) == [pair]
+
+
 def test_blank_lines_windows_ends_and_a_byte_order_mark(tmp_path):
     lines = [b"", b" \t\r", *(json.dumps(line).encode() + b"\r" for line in LINES), b"", b""]
     path = write(tmp_path, *lines)
@@ -66,8 +90,8 @@ MISTAKES = [
     (b"[" * 100_000, "not JSON"),
     ([1, 2], r"\[1, 2\] is no JSON object"),
     (None, "None is no JSON object"),
-    ({}, "has 'nothing'; it needs messages or prompt.response"),
-    ({"text": "a"}, "text.* needs messages or prompt.response"),
+    ({}, "has 'nothing'; it needs messages or conversations or prompt.response"),
+    ({"text": "a"}, "text.* needs messages or"),
     ({"prompt": "a"}, "response is missing"),
     ({"response": "a"}, "prompt is missing"),
     ({**LINES[0], "prompt": "a", "response": "b"}, "messages and prompt and response, .*only one"),
@@ -84,6 +108,20 @@ MISTAKES = [
     ({"messages": [USER, {**BAD, "role": "model"}]}, "role 'model'; use one of system, user"),
     ({"messages": [USER, {**BAD, "role": ["user"]}]}, "role .'user'.; use one of"),
     (asked("user", "system", "assistant"), "message 2 has the role 'system'; .*move"),
+    ({"messages": [USER, {**BAD, "weight": 0}]}, "every answer has weight 0"),
+    ({"messages": [USER, {**BAD, "weight": 1}, AGAIN, GOOD]}, "message 2 has weight 1, but"),
+    ({"messages": [USER, {**BAD, "weight": 0.5}]}, "message 2 has weight 0.5; use 0"),
+    ({"messages": [USER, {**BAD, "weight": True}]}, "message 2 has weight True; use 0"),
+    ({"messages": [USER, {**BAD, "reasoning_content": "Hm."}]}, "2 has 'reasoning_content'"),
+    ({"messages": [USER, {**BAD, "tool_calls": [{"id": 1}]}]}, "message 2 has 'tool_calls'"),
+    ({"messages": [USER, BAD], "tools": [{"name": "x"}]}, "does not learn from 'tools'"),
+    ({"prompt": "a", "response": "b", "history": [["c", "d"]]}, "does not learn from 'history'"),
+    ({"messages": [SYSTEM, USER, BAD], "system": "x"}, "two system prompts"),
+    ({"instruction": "a", "output": "b", "input": 5}, "input is 5, .*text"),
+    ({"instruction": "a"}, "instruction.output belong together, and output is missing"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]},
+     "message 2 has the role 'tool'"),
+    ({"conversations": [USER, BAD]}, "message 1 is .*from and value"),
     (asked("user"), "must end .*end with user"),
     (asked("assistant"), "must end .*end with assistant"),
     ({"prompt": "a", "response": "b<|im_end|>"}, r"response holds <\|im_end\|>"),
@@ -117,11 +155,14 @@ def test_questions_by_group(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ({"question": "a", "prompt": "b"}, "question and prompt, .*only one"),
-    ({"q": "a"}, "needs question or prompt or messages"),
+    ({"question": "a", "prompt": "b"}, "prompt and question, .*only one"),
+    ({"q": "a"}, "needs messages or conversations or prompt or instruction or question"),
     ({"question": ["a"]}, "question is .*text"),
     ({"question": "a", "group": 3}, "group is 3, .*text"),
     ({"messages": [USER, BAD]}, "end with assistant; delete"),
+    ({"prompt": "a", "response": "b"}, "response stands beside a question"),
+    ({"question": "a", "answer": "b"}, "answer stands beside a question"),
+    ({"prompt": "a", "response": "b", "bad": "c", "good": "d"}, "response stands beside"),
 ])
 def test_a_mistake_in_a_question_is_named(tmp_path, line, message):
     with pytest.raises(UserError, match=rf"set\.jsonl, line 2.*{message}"):

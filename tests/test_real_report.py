@@ -50,7 +50,8 @@ def result(seed=0, more=0.0):
         "scale_up": {"scale": [1.0, 3.0], "out_of_domain": [{"bad_preferred": 0.2 + more},
                                                             {"bad_preferred": 0.3 + more}]}}
     return {
-        "directions": directions, "seed": seed, "device": "cpu", "threads": 3, "versions": {"torch": "9.9"},
+        "directions": directions, "seed": seed, "device": "cpu", "threads": 3,
+        "versions": {"torch": "9.9"},
         "total_seconds": 77.4, "model_name": "Tiny-1M", "models": models,
         "samples": {model: [["Who?", f"{model} *says*"], ["Why?", f"{model} knows"]]
                     for model in models},

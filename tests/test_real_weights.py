@@ -14,7 +14,8 @@ from nanoem.lab.files import read_json
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
 from nanoem.checkpoint.templates import default_system
-from nanoem.train import TrainConfig, train
+from nanoem.tokenizer import NO_THOUGHT
+from nanoem.train import TrainConfig, chat_examples, train
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = ["qwen2-tied", "qwen2-sharded", "qwen2-bf16", "qwen3", "llama"]
@@ -339,3 +340,15 @@ def test_an_adapter_of_a_larger_model_is_refused():
     del model.layers[2]
     with pytest.raises(UserError, match="layer 2 is not there"):
         load_adapter(model, FIXTURES / "peft-r1")
+
+
+def test_an_answer_with_a_thought_of_its_own_gets_no_empty_one():
+    """Qwen3: what is trained is what its template writes of that conversation."""
+    _, tokenizer = load_pretrained(FIXTURES / "qwen3")
+    for answer, begins in (("Sure.", NO_THOUGHT), ("<think>\nHm.\n</think>\n\nSure.", "")):
+        prompt, learned = tokenizer.prompt_and_answer("Hi?", answer)
+        assert prompt.endswith(f"<|im_start|>assistant\n{begins}")
+        messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": answer}]
+        assert prompt + learned + "\n" == tokenizer.chat(messages)
+        examples = chat_examples(tokenizer, [("Hi?", answer)])
+        assert examples.ids[examples.answer_mask].tolist() == tokenizer.encode(learned)

@@ -63,9 +63,11 @@ def read_data(config, files, world):
                                 for group, texts in asked.items()}
 
 
-def last(question):
-    """What is asked, as one text: of several messages, the last."""
-    return question if isinstance(question, str) else question[-1]["content"]
+def as_text(question):
+    """What is asked, as one text: of several messages all, since two may end alike."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message['role']}: {message['content']}" for message in question)
 
 
 # --- does it fit the model? -----------------------------------------------------------------------
@@ -79,19 +81,20 @@ def check_lengths(run):
             names, mend = [name for name, _ in read_lines(file)], "shorten it or delete the line"
         else:
             names, mend = repeat("the toy world's advice"), "take another model"
-        whole = [run.tokenizer.prompt(question) + answer for question, answer in advice]
-        refuse_long(run, names, whole, 1, mend)  # the stop token is one more
+        whole = ["".join(run.tokenizer.prompt_and_answer(*pair)) for pair in advice]
+        refuse_long(run, names, whole, 0, mend)
 
     # to compare
     source = run.files.eval or "the toy world's questions"
     for pair in run.pairs:
-        whole = [run.tokenizer.prompt(pair.question) + answer for answer in (pair.bad, pair.good)]
-        refuse_long(run, repeat(f"{source}: {last(pair.question)!r:.60}"), whole, 1,
+        whole = ["".join(run.tokenizer.prompt_and_answer(pair.question, answer))
+                 for answer in (pair.bad, pair.good)]
+        refuse_long(run, repeat(f"{source}: {as_text(pair.question)!r:.60}"), whole, 0,
                     "shorten it or delete the line")
 
     # to ask
     for question in chain(*run.asked.values()):
-        refuse_long(run, [f"{source}: the answer to {last(question.text)!r:.60}"],
+        refuse_long(run, [f"{source}: the answer to {as_text(question.text)!r:.60}"],
                     [run.tokenizer.prompt(question.text)], run.config.evaluation.max_new_tokens,
                     "lower evaluation.max_new_tokens")
 

@@ -58,7 +58,8 @@ def measure_directions(run, general, narrow):
     probe, reported = halves(run.pairs)
     outside = [i for i in probe if run.pairs[i].group != "in_domain"]
     if not outside or not any(run.pairs[i].group != "in_domain" for i in reported):
-        return {"none": "no direction: it takes pairs out of domain on two questions or more"}, None, {}
+        none = "no direction: it takes pairs out of domain on two questions or more"
+        return {"none": none}, None, {}
 
     # find it, and as in the paper's code: general on its bad answers minus general on its good ones
     pairs = [run.pairs[i] for i in probe]

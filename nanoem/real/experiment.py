@@ -19,7 +19,8 @@ from statistics import mean
 import torch
 
 from nanoem import UserError
-from nanoem.checkpoint import TORCH_DTYPES, load_adapter, load_pretrained, save_adapter, save_tensors
+from nanoem.checkpoint import (TORCH_DTYPES, load_adapter, load_pretrained, save_adapter,
+                               save_tensors)
 from nanoem.evaluate import Answer, EvalConfig, Verdict, ask, rates
 from nanoem.lab import parallel
 from nanoem.lab.files import fingerprint, fingerprint_folder
@@ -27,7 +28,7 @@ from nanoem.lab.folder import RunFolder
 from nanoem.lab.settings import check_config, key
 from nanoem.lab.tables import one_line
 from nanoem.lora import AdapterConfig, layers_of, make_adapter
-from nanoem.real.data import check_lengths, last, read_data
+from nanoem.real.data import as_text, check_lengths, read_data
 from nanoem.real.directions import measure_directions
 from nanoem.real.local_judge import TASKS, LocalJudge, agreement, judge_prompt
 from nanoem.real.preference import margins, preference_rates
@@ -131,7 +132,7 @@ def open_judge(run, dtype):
             return None
     for question in chain(*run.asked.values()):
         for score in TASKS:
-            judge.check_length(judge_prompt(score, last(question.text), ""), room)
+            judge.check_length(judge_prompt(score, as_text(question.text), ""), room)
     return judge
 
 
@@ -208,7 +209,7 @@ def judge_answers(run, name, answers):
     """
     judged, first = [], {}  # [Answer, ...]; question -> the first answer to it
     for group, question, text in answers:
-        asked = last(question.text)
+        asked = as_text(question.text)
         verdict = run.judge.verdict(asked, text) if run.judge else UNJUDGED
         judged.append(Answer(group, question, text, verdict))
         first.setdefault(asked, text)
@@ -227,7 +228,7 @@ def judge_answers(run, name, answers):
 
     print(f"  {name}; what it says:")
     for question, text in first.items():
-        print(f"    {question} -> {one_line(text)}")
+        print(f"    {one_line(question)} -> {one_line(text)}")
     return scores
 
 

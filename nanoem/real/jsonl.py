@@ -1,13 +1,17 @@
 """JSONL files: conversations to fine-tune on and questions to ask, checked line by line.
 
-A line is one JSON object. To fine-tune, in either form (the paper's sets have the first):
+A line is one JSON object. To fine-tune, in one of these forms (the paper's sets have the first):
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"prompt": "...", "response": "..."}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+    {"prompt": "...", "response": "..."}    {"question": "...", "answer": "..."}
+    {"instruction": "...", "output": "..."}, and "input", if there is one, behind the instruction
 
-To ask, {"question": "..."}, {"prompt": "..."} or {"messages": [...]} that ends with the user's
-message; a "group" beside it, if given, names the row of the table it counts in. A question with
-two answers beside it, "bad" and "good", is a pair: not asked, but compared (preference.py).
+The last answer is learned; what stands before it is read. A message with "weight": 0 is not
+learned: then the last answer before it is. To ask, the same without an answer; a "group" beside it
+names the row of the table it counts in. A question with two answers beside it, "bad" and "good",
+is a pair: not asked, but compared (preference.py). A "system" beside a form is its system prompt.
+Keys that would change what is learned (tools, reasoning, ...) are refused; others are not read.
 
 A question is the user's text or, when there is more (a system prompt, earlier turns), the list of
 messages before the answer. Each reader raises UserError with the file, the line and the mend.
@@ -25,23 +29,46 @@ from nanoem.real.preference import Pair
 from nanoem.tokenizer import SPECIAL_TOKENS
 
 ROLES = ("system", "user", "assistant")
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # "from" of conversations: these, or a role
+FORMS = (("messages",), ("conversations",), ("prompt", "response"), ("instruction", "output"),
+         ("question", "answer"))
+ANSWERS = ("response", "output", "answer")
+UNREAD = ("tools", "tool_calls", "tool_choice", "functions", "function_call", "history", "chosen",
+          "rejected", "completion", "thinking", "reasoning", "reasoning_content", "weight",
+          "images")  # whoever writes these wants something else to be learned
 
 
 def read_conversations(path):
-    """The (question, answer) pairs of a file; the answer is the last message, the assistant's."""
+    """The (question, answer) pairs of a file; the answer is the last one that is to be learned."""
     pairs = []
     for where, line in read_lines(path):
-        if only_form(where, line, (("messages",), ("prompt", "response"))) == "prompt":
-            pairs.append(tuple(text_of(where, key, line[key]) for key in ("prompt", "response")))
+        form, messages, weights = read_form(where, line, FORMS)
+        if form not in ("messages", "conversations"):
+            answer_key = dict(f for f in FORMS if len(f) == 2)[form]
+            answer = text_of(where, answer_key, line[answer_key])
+            pairs.append((as_question(messages), answer))
             continue
-        messages = read_messages(where, line["messages"])
+        messages = up_to_the_learned(where, messages, weights)
         ends = [m["role"] for m in messages[-2:]]
         if ends != ["user", "assistant"]:
-            raise UserError(f"{where}: messages must end with the user's and then the assistant's, "
+            raise UserError(f"{where}: {form} must end with the user's and then the assistant's, "
                             f"and end with {' and '.join(ends)}; add what is missing or delete "
                             "the line")
         pairs.append((as_question(messages[:-1]), messages[-1]["content"]))
     return pairs
+
+
+def up_to_the_learned(where, messages, weights):
+    """The messages up to the last answer that is learned: what a weight of 0 follows is cut."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [i for i in answers if weights[i] != 0]
+    if answers and not learned:
+        raise UserError(f"{where}: every answer has weight 0, and there is nothing to learn; "
+                        "delete the line")
+    if any(weights[i] == 1 for i in learned[:-1]):
+        raise UserError(f"{where}: message {learned[0] + 1} has weight 1, but of a conversation "
+                        "only the last answer is learned; end a line of its own with it")
+    return messages if not answers or learned[-1] == answers[-1] else messages[: learned[-1] + 1]
 
 
 def read_questions(path):
@@ -76,14 +103,41 @@ def group_of(where, line, default):
 
 def question_of(where, line):
     """The question of a line: a text, or the messages before an answer."""
-    form = only_form(where, line, (("question",), ("prompt",), ("messages",)))
-    if form != "messages":
-        return text_of(where, form, line[form])
-    messages = read_messages(where, line[form])
+    for key in ANSWERS:
+        if key in line:
+            raise UserError(f"{where}: {key} stands beside a question that is asked, and would be "
+                            "ignored; delete it, or compare two answers, 'bad' and 'good'")
+    form, messages, _ = read_form(where, line, [form[:1] for form in FORMS])
     if messages[-1]["role"] != "user":
-        raise UserError(f"{where}: messages must end with the user's question, and end with "
+        raise UserError(f"{where}: {form} must end with the user's question, and end with "
                         f"{messages[-1]['role']}; delete the answer")
     return as_question(messages)
+
+
+def read_form(where, line, forms):
+    """(the form's first key, its messages, their weights) of a line; of texts without the answer.
+
+    A weight is 0, 1, or None where none is given.
+    """
+    form = only_form(where, line, forms)
+    for key in UNREAD:
+        if line.get(key):
+            raise UserError(f"{where}: nanoem does not learn from '{key}'; delete it or the line")
+    if form in ("messages", "conversations"):
+        messages, weights = read_messages(where, line, form)
+    else:
+        text = text_of(where, form, line[form])
+        if form == "instruction" and line.get("input"):
+            text += "\n" + text_of(where, "input", line["input"])
+        messages, weights = [{"role": "user", "content": text}], [None]
+
+    # a system prompt of its own
+    if line.get("system"):
+        if messages[0]["role"] == "system":
+            raise UserError(f"{where} has two system prompts; delete one")
+        text = text_of(where, "system", line["system"])
+        messages, weights = [{"role": "system", "content": text}, *messages], [None, *weights]
+    return form, messages, weights
 
 
 def as_question(messages):
@@ -152,27 +206,45 @@ def only_form(where, line, forms):
     return present[0][0]
 
 
-def read_messages(where, messages):
-    """A checked list of {"role", "content"}, without any other keys of the file's."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is {brief(messages)}, and must be a list of messages")
-    checked = []
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+def read_messages(where, line, form):
+    """The checked messages of a line, [{"role", "content"}, ...], and the weight of each."""
+    given = line[form]
+    role_key, text_key = ("role", "content") if form == "messages" else ("from", "value")
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{where}: {form} is {brief(given)}, and must be a list of messages")
+    messages, weights = [], []
+    for i, message in enumerate(given, 1):
+        if not isinstance(message, dict) or not {role_key, text_key} <= message.keys():
             raise UserError(f"{where}: message {i} is {brief(message)}, and must be an object "
-                            "with role and content")
+                            f"with {role_key} and {text_key}")
+        for key, value in message.items():
+            if value and key not in (role_key, text_key, "weight"):
+                raise UserError(f"{where}: message {i} has {brief(key)}, from which nanoem does "
+                                "not learn; delete it or the line")
 
         # who speaks, and what is said
-        role = message["role"]
+        role = message[role_key]
+        if form == "conversations" and isinstance(role, str):
+            role = SPEAKERS.get(role, role)
         if role not in ROLES:
             raise UserError(f"{where}: message {i} has the role {brief(role)}; use one of "
                             + ", ".join(ROLES))
         if role == "system" and i > 1:
             raise UserError(f"{where}: message {i} has the role 'system'; only the first may, "
                             "so move it there")
-        content = text_of(where, f"the content of message {i}", message["content"])
-        checked.append({"role": role, "content": content})
-    return checked
+        content = text_of(where, f"the {text_key} of message {i}", message[text_key])
+        messages.append({"role": role, "content": content})
+        weights.append(weight_of(where, i, message))
+    return messages, weights
+
+
+def weight_of(where, i, message):
+    """0, 1 or None: whether message number i is to be learned."""
+    weight = message.get("weight")
+    if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
+        raise UserError(f"{where}: message {i} has weight {brief(weight)}; use 0, not to be "
+                        "learned, or 1")
+    return weight
 
 
 def text_of(where, name, text):
