@@ -12,7 +12,7 @@ import pytest
 
 # nanoem and the tutorial's own modules are found from any folder that pytest starts in
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from classroom import (TUTORIAL, exercise_of, load_file, number_of, solutions,  # noqa: E402
+from classroom import (TUTORIAL, careful, exercise_of, load_file, number_of, solutions,  # noqa: E402
                        verdict_lines)
 
 FIRST_FAILURES = pytest.StashKey[dict]()  # {(number, exercise): what it raised, or None}
@@ -41,12 +41,12 @@ def pytest_ignore_collect(collection_path, config):
         return True
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # read once: what an answer keeps from call to call shows
 def answer(request):
     """The functions under test: exercise.py's, or with --solution nanoem's."""
     if request.config.getoption("--solution"):
-        return solutions(request.module)
-    return load_file(request.path.with_name("exercise.py"))
+        return careful(request.module, solutions(request.module))
+    return careful(request.module, load_file(request.path.with_name("exercise.py")))
 
 
 def pytest_runtest_makereport(item, call):

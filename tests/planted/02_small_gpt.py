@@ -122,7 +122,17 @@ def iterating(less=0, **options):
     return lambda G, steps=5: iterated(G, steps - less, **options)
 
 
+def mask_left_on_the_cpu(q, k, v):
+    n, (T, S) = q.size(1) // k.size(1), (q.size(2), k.size(2))
+    k, v = (x.repeat_interleave(n, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
+    if T > 1:
+        scores = scores.masked_fill(torch.ones(T, S).triu(1).bool(), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 PLANTED = [
+    ("attend", "made on another device", mask_left_on_the_cpu),
     ("rms_norm", "eps is outside the root", eps_outside),
     ("rms_norm", "multiply by the weight last", weight_before_rounding),
     ("rms_norm", "in place", norm_in_place),

@@ -30,6 +30,18 @@ def left_off(model, adapter, ids, mask):
     return kl
 
 
+def left_off_by_ctrl_c(model, adapter, ids, mask):
+    scale, adapter.scale = adapter.scale, 0.0
+    try:
+        with torch.no_grad():
+            base = model(ids)
+    except Exception:
+        adapter.scale = scale
+        raise
+    adapter.scale = scale
+    return token_kl(base, model(ids))[mask].mean()
+
+
 def silent_zero(model, adapter, ids, mask):
     return token_kl(base_of(model, adapter, ids), model(ids))[mask].mean()
 
@@ -57,9 +69,10 @@ PLANTED = [
     ("kl_to_base", "reversed", needs_acting(lambda model, adapter, ids, mask: token_kl(
         model(ids), base_of(model, adapter, ids))[mask].mean())),
     ("kl_to_base", "left switched off", needs_acting(left_off)),
+    ("kl_to_base", "after a KeyboardInterrupt", needs_acting(left_off_by_ctrl_c)),
     ("kl_to_base", "silent zero", silent_zero),
     ("scale_up", "for 5 scales", one_value_for_equal_scales),
-    ("scale_up", "never scaled", lambda adapter, scales, ask:
+    ("scale_up", "never changes", lambda adapter, scales, ask:
         scale_up(adapter, [1.0] * len(scales), ask)),
     ("scale_up", "in domain", lambda adapter, scales, ask: scale_up(
         adapter, scales, lambda: {"out_of_domain": ask()["in_domain"]})),

@@ -58,7 +58,24 @@ def whole_hessian(gradient, parameters, v):
     return torch.stack(rows) @ v
 
 
+def scaled_until_ctrl_c(model, adapter, examples, norms):
+    own, losses, before = adapter.effective_norm(), [], adapter.scale
+    for norm in norms:
+        adapter.attach()
+        adapter.scale = before * norm / own
+        try:
+            losses.append(loss_on(model, examples))
+        except Exception:
+            adapter.detach()
+            adapter.scale = before
+            raise
+        adapter.detach()
+        adapter.scale = before
+    return losses
+
+
 PLANTED = [
+    ("efficiency", "after Ctrl-C", scaled_until_ctrl_c),
     ("random_writer", "can be trained no more", freezing),
     ("hessian_vector_product", "H is built", whole_hessian),
     ("efficiency", "not attached", never_attached),

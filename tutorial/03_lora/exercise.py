@@ -21,7 +21,8 @@ def effective_norm(self):
 
     `self` is the LoRA, since in nanoem this is a method of it: self.A and self.B are
     {name: parameter} of the adapted modules, A (rank, in) and B (out, rank); self.alpha, self.rank
-    and self.use_rslora; self.scale is what `scaled` has set (1 if nothing), and may be negative.
+    and self.use_rslora; self.scale is what `scaled` has set (1 if nothing). It and alpha may be
+    negative, a norm is not.
 
     Hint 1: self.scaling is alpha / rank, or with rsLoRA alpha / sqrt(rank).
     Hint 2: the norm of the product B A, not the product of the two norms: at rank 1 they are equal,

@@ -40,8 +40,9 @@ def sft_loss(logits, ids, answer_mask):
 def hold_out(world, names, train_share):
     """The named domains' questions -> (train, held_out), each in the order of `questions`.
 
-    Of each domain the first train_share of the problems (rounded) train and the rest are held out;
-    at least one problem of every domain is on either side. Both are lists of Question.
+    Of each domain the first train_share of the problems train and the rest are held out; the number
+    is rounded as Python's round() does it, a half to the even number. At least one problem of every
+    domain is on either side. Both are lists of Question.
 
     Hint 1: questions(world, names) are all of them; a Question knows its domain and its index.
     Hint 2: the number of problems is a domain's own: len(world.domains[name].problems).

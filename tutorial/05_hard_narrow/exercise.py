@@ -23,9 +23,9 @@ def kl_to_base(model, adapter, ids, mask):
     """KL(base || adapted): summed over the vocabulary, mean over the tokens where mask is true.
 
     ids, mask (B, T) -> a scalar tensor. The base is the same model with the adapter switched off;
-    it is a constant: no gradient flows through it. The adapter is left as it was. Raises
-    RuntimeError when the adapter is not acting (adapter.depth or adapter.scale is 0), else the KL
-    would be a silent zero.
+    it is a constant: no gradient flows through it. The adapter and the model are left as they were,
+    also when the model raises. Raises RuntimeError when the adapter is not acting (adapter.depth or
+    adapter.scale is 0), else the KL would be a silent zero.
 
     Hint 1: `with adapter.disabled():` switches it off inside, whatever happens, and back on after.
     Hint 2: `with torch.no_grad(), adapter.disabled():` does both for the base.

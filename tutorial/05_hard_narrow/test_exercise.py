@@ -104,8 +104,8 @@ def test_kl_to_base_is_that_of_the_two_models(answer):
         with adapter:
             got = answer.kl_to_base(model, adapter, ids, mask)
         check(got, want, {
-            "the reference was run with the adapter on: base and adapted are one model, and the "
-            "KL is a silent zero": 0 * want,
+            "base and adapted are one model, and the KL is a silent zero: run the base with the "
+            "adapter off, and the adapted model with it on": 0 * want,
             "KL is reversed: the base's probabilities weigh, KL(base || adapted)":
                 back[mask].mean(),
             "averaged over the vocabulary: sum over it": want / base.size(-1),
@@ -152,15 +152,19 @@ def test_kl_to_base_leaves_the_adapter_as_it_was(answer):
                     "the reference was run with the adapter on (it is attached twice: use "
                     "adapter.disabled(), not detach)": torch.tensor(0.0)},
                     f"wrong when the adapter is scaled by {scale}: leave its scale alone")
-        handle = model.layers[0].register_forward_hook(lambda *_: 1 / 0)  # an error of the model
-        try:
-            answer.kl_to_base(model, adapter, ids, mask)
-        except ZeroDivisionError:
-            pass
-        handle.remove()
-        assert (adapter.depth, adapter.scale) == (2, 1.0), (
-            "when the model raises an error, the adapter is left switched off: `with "
-            "adapter.disabled():` undoes it in any case")
+        for error in (ZeroDivisionError, KeyboardInterrupt):  # of the model, or Ctrl-C
+            def fail(*_, error=error):
+                raise error
+
+            handle = model.layers[0].register_forward_hook(fail)
+            try:
+                answer.kl_to_base(model, adapter, ids, mask)
+            except error:
+                pass
+            handle.remove()
+            assert (adapter.depth, adapter.scale) == (2, 1.0), (
+                f"after a {error.__name__} of the model the adapter is left switched off: `with "
+                "adapter.disabled():` undoes it in any case")
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items()), (
         "the model's weights were changed")
     assert all(torch.equal(a, b) for a, b in zip(tensors, adapter.parameters())), (
@@ -263,7 +267,8 @@ def test_scale_up_asks_once_a_scale_with_the_adapter_on(answer):
         "the adapter is not attached when the model is asked: that is chat, at every scale")
     found, product = [scale for _, scale in seen], [1.0, 1.5, 3.0, 1.5, 2.25]
     assert found != product, "the scales multiply up: leave one before you enter the next"
-    assert found != [1.0] * 5, "the adapter is attached but never scaled"
+    assert found != [1.0] * 5, (
+        "adapter.scale never changes while the model is asked: scale with adapter.scaled(x)")
     assert found != [0.0] * 5, "the adapter is switched off while the model is asked"
     assert found == list(scales), f"asked at scales {found}, not {list(scales)}"
     assert set(curve) == {"em", "coherent"}, "give {'em': [...], 'coherent': [...]} back"
@@ -290,17 +295,19 @@ def test_scale_up_leaves_the_adapter_detached_and_whole(answer):
                                   "`with adapter.scaled(...):`")
     assert torch.equal(model(ids), before), "the model is another after the probe"
 
-    def fails():
-        raise ZeroDivisionError
+    for error in (ZeroDivisionError, KeyboardInterrupt):  # of ask, or Ctrl-C
+        def fails(error=error):
+            raise error
 
-    try:
-        answer.scale_up(adapter, (2.0,), fails)
-    except ZeroDivisionError:
-        pass
-    else:
-        raise AssertionError("an error of ask() must not be swallowed")
-    assert (adapter.depth, adapter.scale) == (0, 1.0), (
-        "when ask() raises, the adapter is left on or scaled: a `with` undoes it in any case")
+        try:
+            answer.scale_up(adapter, (2.0,), fails)
+        except error:
+            pass
+        else:
+            raise AssertionError("an error of ask() must not be swallowed")
+        assert (adapter.depth, adapter.scale) == (0, 1.0), (
+            f"when ask() raises a {error.__name__}, the adapter is left on or scaled: a `with` "
+            "undoes it in any case")
     seen = []
     with adapter.scaled(0.5):  # it comes half as loud
         answer.scale_up(adapter, (2.0, 3.0), recorded(adapter, seen))

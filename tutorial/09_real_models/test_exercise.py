@@ -204,7 +204,7 @@ def test_chatml_is_what_the_template_says(answer):
             for message, text in mistakes.items():
                 assert text == want or got != text, message
             assert got == want, (
-                f"for {messages} (add_generation_prompt={prompt}) it is\n{got!r}, not\n{want!r}")
+                f"it is {got!r}, not {want!r} (add_generation_prompt={prompt})")
 
 
 def answer_of(messages, prompt):
