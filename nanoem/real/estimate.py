@@ -65,35 +65,37 @@ def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
     return batch * T * (forward + backward)
 
 
-def activation_bytes(c, checkpointing=False):
-    """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
+def activation_bytes(c, checkpointing=False, size=2):
+    """What one token leaves behind for the backward pass, before the output layer.
 
-    In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
-    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32.
+    `size` is that of a number, in bytes. In a block: the two norms' inputs in float32, q, k, v and
+    attention's output, and three times the hidden layer of SwiGLU; of Qwen3 also the inputs of q's
+    and k's norms, in float32.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff + 4 * (q + kv) * c.qk_norm
+    in_block = 8 * c.d_model + size * (2 * q + 2 * kv + 3 * c.d_ff) + 4 * (q + kv) * c.qk_norm
     blocks = blocks_above(c) * in_block
     if checkpointing:  # each block's input, and the one block in full that the backward pass is in
-        blocks = blocks_above(c) * 2 * c.d_model + in_block
+        blocks = blocks_above(c) * size * c.d_model + in_block
     return blocks + 4 * c.d_ff  # the adapter's own input, in float32
 
 
-def training_bytes(c, tokens, checkpointing=False, cards=1):
-    """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
+def training_bytes(c, tokens, checkpointing=False, cards=1, size=2):
+    """Memory in bytes on each of so many cards that share the blocks (--shard).
 
-    Weights, and of `tokens` tokens at once the activations and a slice of the logits (fused.py).
-    The adapter and its optimizer are a few thousand numbers: nothing.
+    Weights in numbers of `size` bytes, and of `tokens` tokens at once the activations and a slice
+    of the logits (fused.py). The adapter and its optimizer are a few thousand numbers: nothing.
     """
-    blocks = 2 * c.n_layer * block_weights(c)
-    weights = 2 * n_parameters(c) - blocks + blocks / cards
+    blocks = size * c.n_layer * block_weights(c)
+    weights = size * n_parameters(c) - blocks + blocks / cards
     if cards > 1:
-        weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
+        weights += size * 2 * block_weights(c)  # the block that computes, and the next one
 
     # bytes a logit: itself, in float32, its gradient; for the KL two in float32, their difference
-    logits = c.vocab_size * max((2 + 4 + 2) * min(tokens, CE_ROWS),
-                                (4 + 4 + 4 + 2) * min(tokens, KL_ROWS))
-    return weights + tokens * activation_bytes(c, checkpointing) + logits
+    half = size < 4  # else the logit, its float32 and its gradient are one number in one place
+    logits = c.vocab_size * max((4 + 4 * half) * min(tokens, CE_ROWS),
+                                (4 + 4 + 4 + 2 * half) * min(tokens, KL_ROWS))
+    return weights + tokens * activation_bytes(c, checkpointing, size) + logits
 
 
 def table(shapes, T, tflops, micro_batch, cards):
