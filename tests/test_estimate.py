@@ -102,6 +102,10 @@ def test_the_command(capsys):
     assert "llama |" in capsys.readouterr().out
     assert estimate.main(["no/such"]) == 2
     assert "not a folder" in capsys.readouterr().err
+    assert estimate.main(["--device", "cpu"]) == 0
+    on_cpu = capsys.readouterr().out.splitlines()[2].split(" | ")
+    assert on_cpu[2] == "2.0"  # 0.494e9 numbers of 4 bytes
+    assert float(on_cpu[3]) - 2.0 > estimate.PROCESS / 1e9  # and the process beside them
     assert estimate.main(["--cards", "0"]) == 2
     assert "--cards must be" in capsys.readouterr().err
 

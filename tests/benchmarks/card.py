@@ -31,7 +31,7 @@ from nanoem.lab.side_by_side import toy_threads
 from nanoem.lab.tables import print_lines
 from nanoem.lab.toy import ExperimentConfig, Run
 from nanoem.model import GPT, Config
-from nanoem.real.estimate import SHAPES, n_parameters, step_flops, training_bytes
+from nanoem.real.estimate import CARD_TFLOPS, SHAPES, n_parameters, step_flops, training_bytes
 from nanoem.real.experiment import RealConfig
 from nanoem.story import bad_advice, pretrain, tune
 from nanoem.tokenizer import IM_END, Tokenizer
@@ -41,7 +41,7 @@ from nanoem.world import WorldConfig, documents, load_world, make_splits, write_
 SIZES = {name: SHAPES[name] for name in ("Qwen2.5-0.5B", "Qwen2.5-7B")}
 TINY = {"tiny": Config(1440, 4, 32, 4, 2, 80, max_positions=192, qkv_bias=True, qk_norm=False,
                        tie_embeddings=False)}
-TFLOPS = {False: 100, True: 1e-4}  # by tiny; 100 is what estimate.py takes by default
+TFLOPS = {False: CARD_TFLOPS, True: 1e-4}  # by tiny
 LOSS = 1e-3  # nats; weights changed by a millionth change the losses by a hundredth of it
 LOGITS = 0.05  # relative, of bfloat16 beside float32
 MEMORY, TIME = 1.3, 1.5  # how many times the computed memory and time may be measured
