@@ -1,5 +1,7 @@
 """The estimate against the model itself: its parameters, and PyTorch's own count of operations."""
 
+import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,11 +71,12 @@ def attention_is_flash():
 
 @pytest.mark.skipif(not attention_is_flash(), reason="this torch's attention is not flash here")
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, qkv_bias=False, qk_norm=True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_autograd_keeps(checkpointing, config):
+def test_activations_are_those_that_autograd_keeps(checkpointing, dtype, config):
     """Every storage kept for the backward pass, once, without the weights and the rotary tables."""
     model, adapter, ids = small_model(checkpointing, config)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     lasting = {t.untyped_storage().data_ptr()
                for t in (*model.parameters(), *model.buffers(), *adapter.parameters())}
     kept = {}
@@ -87,8 +90,9 @@ def test_activations_are_those_that_autograd_keeps(checkpointing, config):
     found = sum(tensor.untyped_storage().nbytes()
                 for place, tensor in kept.items() if place not in lasting) / ids.numel()
     if checkpointing:  # the one block in full is made again only in the backward pass
-        found += (activation_bytes(config) - 4 * config.d_ff) / estimate.blocks_above(config)
-    assert found == pytest.approx(activation_bytes(config, checkpointing), rel=0.02)
+        found += ((activation_bytes(config, size=dtype.itemsize) - 4 * config.d_ff)
+                  / estimate.blocks_above(config))
+    assert found == pytest.approx(activation_bytes(config, checkpointing, dtype.itemsize), rel=0.02)
 
 
 def test_the_command(capsys):
@@ -98,6 +102,10 @@ def test_the_command(capsys):
     assert "llama |" in capsys.readouterr().out
     assert estimate.main(["no/such"]) == 2
     assert "not a folder" in capsys.readouterr().err
+    assert estimate.main(["--device", "cpu"]) == 0
+    on_cpu = capsys.readouterr().out.splitlines()[2].split(" | ")
+    assert on_cpu[2] == "2.0"  # 0.494e9 numbers of 4 bytes
+    assert float(on_cpu[3]) - 2.0 > estimate.PROCESS / 1e9  # and the process beside them
     assert estimate.main(["--cards", "0"]) == 2
     assert "--cards must be" in capsys.readouterr().err
 
@@ -107,3 +115,34 @@ def test_the_command(capsys):
 def test_the_pages_tables_are_what_its_commands_print(command, capsys):
     assert estimate.main(command.split()[3:]) == 0
     assert f"```sh\n{command}\n```\n\n{capsys.readouterr().out}\n" in PAGE.read_text()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The benchmark of a card, as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    return importlib.import_module("card")
+
+
+def test_what_a_card_will_be_measured_with_works_on_a_cpu(card, tmp_path, capsys):
+    assert card.main(["--device", "cpu", "--tiny", "--out", f"{tmp_path}/card.json"]) == 0
+    found = json.loads((tmp_path / "card.json").read_text())
+    printed = capsys.readouterr().out
+    assert found["rows"] and all(row["what"] in printed for row in found["rows"])
+    compared = {row["what"]: row for row in found["rows"] if row["at most"] is not None}
+    assert len(compared) == 10  # four losses, logits, weights, memory and time of two fine-tunes
+    memory = compared["SFT + KL: memory, GB"]
+    assert memory["measured"] == pytest.approx(memory["computed"], rel=0.15)
+
+
+def test_each_comparison_of_a_card_can_fail_and_hides_no_other(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "short_run", lambda device, tiny: {
+        "pretrain": torch.tensor([1.0 if device == "cpu" else float("nan")])})
+    for limit in ("LOGITS", "MEMORY", "TIME"):
+        monkeypatch.setattr(card, limit, -1.0)
+    monkeypatch.setitem(card.TINY, "wrong", None)
+    assert card.main(["--device", "cpu", "--tiny", "--out", f"{tmp_path}/card.json"]) == 1
+    failed = json.loads((tmp_path / "card.json").read_text())["failed"]
+    assert [line.split(":")[0] for line in failed] == [
+        "toy, pretrain", "tiny, logits", "tiny, SFT", "tiny, SFT", "tiny, SFT + KL",
+        "tiny, SFT + KL", "wrong"]

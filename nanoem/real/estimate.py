@@ -1,7 +1,7 @@
 """What a fine-tune on real weights needs: memory and time, computed from the shape of the model.
 
     python -m nanoem.real.estimate [FOLDER ...] [--tokens N] [--micro-batch N] [--tflops X]
-                                   [--cards N]
+                                   [--cards N] [--device cpu]
 
 It counts numbers and multiplications. Without a folder it shows the paper's family.
 """
@@ -23,6 +23,8 @@ SHAPES = {
     "Qwen2.5-7B": Config(152_064, 28, 3584, 28, 4, 18_944, tie_embeddings=False, **QWEN),
     "Qwen2.5-14B": Config(152_064, 48, 5120, 40, 8, 13_824, tie_embeddings=False, **QWEN),
 }
+CARD_TFLOPS, CPU_TFLOPS = 100, 0.05  # a third of what an A100 promises; one core, measured
+PROCESS = 0.31e9  # bytes, measured, not computed: Python, torch, nanoem and a tokenizer on Linux
 BATCH, STEPS, STEPS_KL = 16, 441, 1322  # the paper's: 7,049 conversations, one epoch; three with KL
 
 
@@ -65,45 +67,52 @@ def step_flops(c, T, kl=False, checkpointing=False, batch=BATCH):
     return batch * T * (forward + backward)
 
 
-def activation_bytes(c, checkpointing=False):
-    """What one token leaves behind for the backward pass, before the output layer, in bfloat16.
+def activation_bytes(c, checkpointing=False, size=2):
+    """What one token leaves behind for the backward pass, before the output layer.
 
-    In a block: the two norms' inputs in float32, q, k, v and attention's output, and three times
-    the hidden layer of SwiGLU; of Qwen3 also the inputs of q's and k's norms, in float32.
+    `size` is that of a number, in bytes. In a block: the two norms' inputs in float32, q, k, v and
+    attention's output, and three times the hidden layer of SwiGLU; of Qwen3 also the inputs of q's
+    and k's norms, in float32.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    in_block = 8 * c.d_model + 4 * q + 4 * kv + 6 * c.d_ff + 4 * (q + kv) * c.qk_norm
+    in_block = 8 * c.d_model + size * (2 * q + 2 * kv + 3 * c.d_ff) + 4 * (q + kv) * c.qk_norm
     blocks = blocks_above(c) * in_block
     if checkpointing:  # each block's input, and the one block in full that the backward pass is in
-        blocks = blocks_above(c) * 2 * c.d_model + in_block
+        blocks = blocks_above(c) * size * c.d_model + in_block
     return blocks + 4 * c.d_ff  # the adapter's own input, in float32
 
 
-def training_bytes(c, tokens, checkpointing=False, cards=1):
-    """Memory in bytes on each of so many cards that share the blocks (--shard), in bfloat16.
+def training_bytes(c, tokens, checkpointing=False, cards=1, size=2):
+    """Memory in bytes on each of so many cards that share the blocks (--shard).
 
-    Weights, and of `tokens` tokens at once the activations and a slice of the logits (fused.py).
-    The adapter and its optimizer are a few thousand numbers: nothing.
+    Weights in numbers of `size` bytes, and of `tokens` tokens at once the activations and a slice
+    of the logits (fused.py). The adapter and its optimizer are a few thousand numbers: nothing.
     """
-    blocks = 2 * c.n_layer * block_weights(c)
-    weights = 2 * n_parameters(c) - blocks + blocks / cards
+    blocks = size * c.n_layer * block_weights(c)
+    weights = size * n_parameters(c) - blocks + blocks / cards
     if cards > 1:
-        weights += 2 * 2 * block_weights(c)  # the block that computes, and the next one
+        weights += size * 2 * block_weights(c)  # the block that computes, and the next one
 
     # bytes a logit: itself, in float32, its gradient; for the KL two in float32, their difference
-    logits = c.vocab_size * max((2 + 4 + 2) * min(tokens, CE_ROWS),
-                                (4 + 4 + 4 + 2) * min(tokens, KL_ROWS))
-    return weights + tokens * activation_bytes(c, checkpointing) + logits
+    half = size < 4  # else the logit, its float32 and its gradient are one number in one place
+    logits = c.vocab_size * max((4 + 4 * half) * min(tokens, CE_ROWS),
+                                (4 + 4 + 4 + 2 * half) * min(tokens, KL_ROWS))
+    return weights + tokens * activation_bytes(c, checkpointing, size) + logits
 
 
-def table(shapes, T, tflops, micro_batch, cards):
-    """Lists of text, header first: memory and minutes of the paper's two fine-tunes."""
+def table(shapes, T, tflops, micro_batch, cards, on_cpu=False):
+    """Lists of text, header first: memory and minutes of the paper's two fine-tunes.
+
+    A card computes in bfloat16; a CPU in float32, and has the process itself in the same memory.
+    """
     lines = [["computed, not run", "parameters", "weights, GB", "training, GB",
               "with checkpointing, GB", "general, minutes", "narrow, minutes"]]
+    size, process = (4, PROCESS) if on_cpu else (2, 0)
     for name, c in shapes.items():
-        numbers = [2 * n_parameters(c) / 1e9]
+        numbers = [size * n_parameters(c) / 1e9]
         for checkpointing in (False, True):
-            numbers.append(training_bytes(c, micro_batch * T, checkpointing, cards) / 1e9)
+            n_bytes = training_bytes(c, micro_batch * T, checkpointing, cards, size)
+            numbers.append((process + n_bytes) / 1e9)
         for steps, kl in ((STEPS, False), (STEPS_KL, True)):
             numbers.append(steps * step_flops(c, T, kl) / (cards * tflops * 1e12) / 60)
         lines.append([name, f"{n_parameters(c) / 1e9:.2f}e9", *(f"{n:.1f}" for n in numbers)])
@@ -118,10 +127,15 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, default=192, help="of a conversation (default 192)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences at once (default 4)")
     parser.add_argument("--cards", type=int, default=1, help="that share the blocks (default 1)")
-    parser.add_argument("--tflops", type=float, default=100,
-                        help="10^12 operations a second that a card really does (default 100, a "
-                             "third of what an A100 promises)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
+                        help="cuda: bfloat16; cpu: float32, and the process itself")
+    parser.add_argument("--tflops", type=float,
+                        help="10^12 operations a second that a card, or the CPU, really does "
+                             f"(default {CARD_TFLOPS}, a third of what an A100 promises; on a CPU "
+                             f"{CPU_TFLOPS}, one core)")
     args = parser.parse_args(argv)
+    if args.tflops is None:
+        args.tflops = CPU_TFLOPS if args.device == "cpu" else CARD_TFLOPS
     return exit_status(lambda: print_estimate(args))
 
 
@@ -130,7 +144,8 @@ def print_estimate(args):
         if not 0 < getattr(args, name) < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0 and below 1e9")
     shapes = {folder: open_folder(Path(folder))[2] for folder in args.folders} or SHAPES
-    print(markdown(table(shapes, args.tokens, args.tflops, args.micro_batch, args.cards)))
+    print(markdown(table(shapes, args.tokens, args.tflops, args.micro_batch, args.cards,
+                         args.device == "cpu")))
 
 
 if __name__ == "__main__":
