@@ -109,3 +109,10 @@ def test_it_works_as_a_command_behind_a_pipe():
                           capture_output=True, text=True, cwd=SMALL_MODEL.parents[1],
                           env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("chat") == 2
+
+
+def test_the_tutorials_first_page_shows_what_it_prints(say):
+    page = (SMALL_MODEL.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(> .+?)```", page, re.DOTALL)[1].splitlines()
+    _, lines = say(*(line[2:] for line in shown if line.startswith("> ")))
+    assert lines == [line for line in shown if not line.startswith("> ")]
