@@ -457,3 +457,11 @@ def test_only_our_five_packages_are_imported():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
                 assert name.split(".")[0] in ours | sys.stdlib_module_names, (file, name)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--model"])
+@pytest.mark.parametrize("name, message", [
+    ("a\udcff", r"'a\udcff': the name is not UTF-8"), ("x" * 300, "File name too long"),
+    ("a\0b", "null")])
+def test_a_name_that_no_file_can_have_is_refused_at_once(flag, name, message, misuse):
+    assert message in misuse("--quick", flag, name)

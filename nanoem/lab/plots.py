@@ -148,6 +148,7 @@ def leave_room_for_legend(ax, **options):
 
 def note_seeds(figure, results, shown, where="toy world"):
     seeds = ", ".join(str(r["seed"]) for r in results)
+    where = where.encode("latin-1", "replace").decode("latin-1")  # the font has no Chinese, say
     figure.supxlabel(f"{where}, seed{'s' * (len(results) > 1)} {seeds}; {shown}", fontsize=7.5,
                      color="#555555", x=0.99, ha="right", parse_math=False)  # a name may have a $
 
