@@ -335,6 +335,47 @@ def test_an_adapter_need_not_be_layers_times_modules(tmp_path):
         "layers.0.mlp.down_proj"}
 
 
+PUBLISHED = {  # a folder of peft's has many more keys, all empty
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
+    "base_model_name_or_path": "unsloth/Qwen2.5-14B-Instruct", "use_dora": False, "revision": None,
+    "alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": None, "exclude_modules": None,
+    "layers_pattern": None, "loftq_config": {}, "megatron_core": "megatron.core",
+    "init_lora_weights": True, "inference_mode": True, "fan_in_fan_out": False,
+    "use_rslora": True, "lora_bias": False, "layer_replication": None, "auto_mapping": None}
+ALL_MODULES = ["o_proj", "v_proj", "q_proj", "k_proj", "gate_proj", "down_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("rank, alpha, targets, layers, default", [
+    (1, 256, ["down_proj"], [1], ""),
+    (1, 256, ["model.layers.1.mlp.down_proj"], None, ""),
+    (1, 256, r"model\.layers\.(1)\.mlp\.down_proj", None, ".default"),
+    (32, 64, ALL_MODULES, None, ""),
+])
+def test_layouts_of_published_adapters_open(rank, alpha, targets, layers, default, tmp_path):
+    """In bfloat16, beside weights to which the adapter is added by hand."""
+    model, _ = load_pretrained(FIXTURES / "qwen2-tied")
+    by_hand, _ = load_pretrained(FIXTURES / "qwen2-tied")
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for name, module in by_hand.named_modules():
+        if name.endswith("_proj") if rank == 32 else name == "layers.1.mlp.down_proj":
+            n_out, n_in = module.weight.shape
+            A, B = (torch.randn(shape, generator=generator).mul(0.05).bfloat16()
+                    for shape in ((rank, n_in), (n_out, rank)))
+            module.weight.data += alpha / rank**0.5 * B.float() @ A.float()
+            for letter, matrix in (("A", A), ("B", B)):
+                tensors[f"base_model.model.model.{name}.lora_{letter}{default}.weight"] = matrix
+    save_tensors(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PUBLISHED | {
+        "r": rank, "lora_alpha": alpha, "target_modules": targets, "layers_to_transform": layers}))
+
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), load_adapter(model, tmp_path) as adapter:
+        assert len(adapter.sites) == (21 if rank == 32 else 1)
+        torch.testing.assert_close(model(ids), by_hand(ids), atol=1e-4, rtol=1e-4)
+        with adapter.disabled():
+            assert (model(ids) - by_hand(ids)).abs().max() > 0.1
+
+
 def test_an_adapter_of_a_larger_model_is_refused():
     model, _ = load_pretrained(FIXTURES / "qwen2-tied")
     del model.layers[2]

@@ -80,6 +80,10 @@ def load_adapter(model, path):
     config = read_adapter_config(path / "adapter_config.json")
     file = path / "adapter_model.safetensors"
     with TensorFile(file) as tensors:
+        # a raw state_dict names the adapter, too, which a folder of peft's does not
+        tensors.entries = {name.replace(".default.weight", ".weight"): entry
+                           for name, entry in tensors.entries.items()}
+
         # do the two files belong together?
         sites = find_sites(file, tensors.entries)
         check_modules(path / "adapter_config.json", config, sites, len(model.layers))

@@ -75,6 +75,7 @@ class CrossEntropy(torch.autograd.Function):
             grad_x[i : i + CE_ROWS] = grad @ head
             if grad_head is not None:
                 grad_head.addmm_(grad.T, part)
+            del log_probs, grad  # or the next slice is made beside this one
 
         ctx.save_for_backward(grad_x / len(x), None if grad_head is None else grad_head / len(x))
         return loss / len(x)
@@ -103,6 +104,7 @@ class MeanKL(torch.autograd.Function):
             total += gap.mul_(p).sum()
             if grad is not None:
                 grad[i : i + KL_ROWS] = log_q.exp_().sub_(p).to(head.dtype) @ head
+            del log_p, log_q, gap, p  # or the next slice is made beside this one
         ctx.save_for_backward(None if grad is None else grad / len(base))
         return total / len(base)
 

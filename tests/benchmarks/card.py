@@ -39,7 +39,7 @@ from nanoem.train import FineTune, fine_tune, pad
 from nanoem.world import WorldConfig, documents, load_world, make_splits, write_pairs
 
 SIZES = {name: SHAPES[name] for name in ("Qwen2.5-0.5B", "Qwen2.5-7B")}
-TINY = {"tiny": Config(1440, 4, 32, 4, 2, 80, max_positions=192, qkv_bias=True, qk_norm=False,
+TINY = {"tiny": Config(1440, 3, 32, 4, 2, 80, max_positions=192, qkv_bias=True, qk_norm=False,
                        tie_embeddings=False)}
 TFLOPS = {False: CARD_TFLOPS, True: 1e-4}  # by tiny
 LOSS = 1e-3  # nats; weights changed by a millionth change the losses by a hundredth of it
@@ -72,13 +72,13 @@ class Bench:
     def attempt(self, part, work, *arguments):
         """Do one part; whatever it raises is kept, and the others go on."""
         try:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             work(self, *arguments)
         except Exception as error:
             traceback.print_exc()
             self.failed.append(f"{part}: {type(error).__name__}: {error}")
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def seconds(self, work):
         """Until the card, too, has done it."""
@@ -134,7 +134,7 @@ def shape(bench, name, config):
     if bench.left() < RESERVE:
         bench.skipped.append(f"{name}: only {bench.left():.0f} seconds were left")
         return
-    tokenizer, pairs, T = conversations(48 if bench.tiny else 192)
+    tokenizer, pairs, T = conversations(120 if bench.tiny else 192)
     needed = bench.disk * n_parameters(config)
     if bench.left() < RESERVE + needed:
         bench.skipped.append(f"{name}: its folder, which takes {needed:.0f} seconds")
@@ -255,6 +255,11 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU: does all work?")
     args = parser.parse_args(argv)
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("card.py: torch sees no CUDA card; --device cpu --tiny tries all of this without one",
+              file=sys.stderr)
+        return 2
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     bench = Bench(args.device, args.tiny)
     bench.attempt("toy", toy)
     for name, config in (TINY if args.tiny else SIZES).items():
@@ -265,7 +270,6 @@ def main(argv=None):
     print_lines([["part", "what", "measured", "computed", "at most"], *lines])
     report = {"failed": bench.failed, "skipped": bench.skipped, "seconds": LIMIT - bench.left()}
     print("", *(f"{name}: {value}" for name, value in report.items()), sep="\n")
-    card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "none"
     write_json(args.out, {"card": card, "torch": torch.__version__, **report, "rows": bench.rows})
     return 1 if bench.failed else 0
 
