@@ -212,7 +212,8 @@ def headline(results, models, groups, keys, title, width, ylabel=EM, size=(9, 4.
     ax.set_xticks(range(len(groups)), groups.values())
     ax.set_title(title, fontsize=11)
     finish_axes(ax, ylabel)
-    leave_room_for_legend(ax, fontsize=8, ncols=len(models), loc="upper center")
+    leave_room_for_legend(ax, fontsize=8, ncols=len(models) if len(models) < 6 else 3,
+                          loc="upper center")
     note_seeds(figure, results, "bar: median, dots: seeds" if len(results) > 1 else
                "whisker: 95% interval, clustered by question", where)
     return figure
