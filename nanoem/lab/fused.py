@@ -98,13 +98,13 @@ class MeanKL(torch.autograd.Function):
         total, grad = 0.0, torch.empty_like(adapted) if ctx.needs_input_grad[1] else None
         for i in range(0, len(base), KL_ROWS):
             logits = both_logits(base[i : i + KL_ROWS], adapted[i : i + KL_ROWS], head)
-            log_p, log_q = (x.log_softmax(-1) for x in logits)  # (rows, vocab)
+            log_p, log_q = (torch.log_softmax(x, -1, out=x) for x in logits)  # (rows, vocab)
             gap = log_p - log_q
             p = log_p.exp_()  # in place: from here on log_p is p
             total += gap.mul_(p).sum()
             if grad is not None:
                 grad[i : i + KL_ROWS] = log_q.exp_().sub_(p).to(head.dtype) @ head
-            del log_p, log_q, gap, p  # or the next slice is made beside this one
+            del logits, log_p, log_q, gap, p  # or the next slice is made beside this one
         ctx.save_for_backward(None if grad is None else grad / len(base))
         return total / len(base)
 
