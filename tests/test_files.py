@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 
 from nanoem import UserError
-from nanoem.lab.files import fingerprint_folder, new_folder, read_json, write_file, write_json
+from nanoem.lab.files import fingerprint_folder, read_json, write_file, write_folder, write_json
 
-SIZE, N_FILES = 300_000, 60
+SIZE, N_FILES, LAST = 300_000, 60, "59.json"
 WRITE_FOR_EVER = f"""
 import itertools, sys
 from pathlib import Path
-from nanoem.lab.files import new_folder, write_file
+from nanoem.lab.files import write_file, write_folder
 home = Path(sys.argv[1])
 for letter in itertools.cycle(("a", "b")):
     write_file(home / "file", letter * {SIZE})
-    with new_folder(home / "folder") as folder:
-        for name in range({N_FILES}):
-            write_file(folder / str(name), letter)
+    write_folder(home / "folder", {{f"{{i}}.json": lambda file: write_file(file, letter)
+                                   for i in range({N_FILES})}})
     print(letter, flush=True)
 """
 
@@ -54,13 +53,49 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
             writer.kill()
         writer.communicate()
         assert_whole((tmp_path / "file").read_text(), SIZE)
-        if (tmp_path / "folder").exists():  # not there between the old one and the new
+        if (tmp_path / "folder" / LAST).exists():  # without it, no reader opens the folder
             assert_whole("".join(f.read_text() for f in (tmp_path / "folder").iterdir()), N_FILES)
-        seen |= {path.name for path in tmp_path.iterdir()}
-    assert any(name.startswith(".") for name in seen), "no kill ever came in the middle"
-    with new_folder(tmp_path / "folder"):
-        write_file(tmp_path / "file", "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+        seen |= {path.name for path in tmp_path.rglob(".*")}
+    assert f".{LAST}.part" in seen, "no kill ever came in the middle of a folder"
+    write_folder(tmp_path / "folder", dict.fromkeys([f"{i}.json" for i in range(N_FILES)],
+                                                    lambda file: write_file(file, "c")))
+    write_file(tmp_path / "file", "whole")
+    assert not list(tmp_path.rglob(".*"))
+
+
+WRITERS = {name: lambda file: write_file(file, "ours") for name in ("model.safetensors", "c.json")}
+
+
+def test_a_folder_keeps_what_others_put_there(tmp_path):
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):  # also over ourselves
+        write_folder(f"{folder}/", WRITERS)
+        (folder / "notes.txt").write_text("mine")
+        (folder / "deeper").mkdir(exist_ok=True)
+        assert {path.name for path in folder.iterdir()} == {"c.json", "model.safetensors",
+                                                            "notes.txt", "deeper"}
+    (tmp_path / "link").symlink_to(folder)
+    write_folder(tmp_path / "link", WRITERS)
+    assert (tmp_path / "link").is_symlink() and (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [
+    ["c.json"], ["model.safetensors"], ["c.json", "results.json"], ["pytorch_model.bin"],
+    ["c.json", "model.safetensors", "model.safetensors.index.json"],
+    ["c.json", "model.safetensors", "chat_template.jinja"], ["c.json", ".c.json.part"]])
+def test_a_folder_of_another_model_or_run_is_left_alone(tmp_path, there):
+    for name in there:
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(UserError, match="holds .*, which nanoem did not write there; nothing is"):
+        write_folder(tmp_path, WRITERS)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        there, "theirs")
+
+
+def test_a_file_is_no_folder_to_save_in(tmp_path):
+    write_file(tmp_path / "file", "theirs")
+    with pytest.raises(UserError, match="file is a file; name a folder to save in"):
+        write_folder(tmp_path / "file", WRITERS)
 
 
 def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
@@ -71,12 +106,12 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
     try:
         with pytest.raises(OSError, match="file cannot be written: File too large; when that is"):
             write_file(tmp_path / "file", "x" * 2000)
-        with pytest.raises(OSError, match="cannot be"), new_folder(tmp_path / "out") as folder:
-            write_file(folder / "one", "x" * 2000)
+        with pytest.raises(OSError, match="cannot be"):
+            write_folder(tmp_path / "out", {"one": lambda file: write_file(file, "x" * 2000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".one.part"]
 
 
 def test_the_fingerprint_of_a_model_folder_sees_a_changed_weight(tmp_path):

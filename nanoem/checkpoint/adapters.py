@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanoem import UserError
 from nanoem.checkpoint.safetensors import TensorFile, save_tensors
-from nanoem.lab.files import new_folder, read_json, write_json
+from nanoem.lab.files import read_json, write_folder, write_json
 from nanoem.lora import LoRA
 
 PREFIX = "base_model.model.model."
@@ -45,9 +45,9 @@ def save_adapter(adapter, path, base_model=""):
         "layers_pattern": layers and "layers",
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }
-    with new_folder(path) as folder:
-        write_json(folder / "adapter_config.json", config)
-        save_tensors(folder / "adapter_model.safetensors", matrices_of(adapter))
+    write_folder(path, {
+        "adapter_model.safetensors": lambda file: save_tensors(file, matrices_of(adapter)),
+        "adapter_config.json": lambda file: write_json(file, config)})
 
 
 def matrices_of(adapter):

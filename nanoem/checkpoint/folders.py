@@ -10,7 +10,7 @@ from nanoem import UserError
 from nanoem.checkpoint.config_json import TORCH_DTYPES, config_table, read_config, stored_dtype
 from nanoem.checkpoint.safetensors import TensorFile, save_tensors
 from nanoem.checkpoint.templates import open_tokenizer
-from nanoem.lab.files import new_folder, read_json, write_file, write_json
+from nanoem.lab.files import read_json, write_file, write_folder, write_json
 from nanoem.model import GPT
 from nanoem.tokenizer import END_OF_TEXT, IM_END
 
@@ -139,19 +139,19 @@ def find_tensors(path):
 
 
 def save_pretrained(model, tokenizer, path):
-    """Write a Hugging Face model folder that appears whole or not at all."""
+    """Write a Hugging Face model folder, or over one that nanoem wrote (see write_folder)."""
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {**config_table(model.config), "bos_token_id": tokenizer.pad_id,
               "eos_token_id": tokenizer.stop_ids[0], "torch_dtype": dtype}
-    with new_folder(path) as folder:
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json",
-                   {"do_sample": True, "temperature": 1.0, "top_p": 1.0,
-                    "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id})
-        write_json(folder / "tokenizer_config.json",
-                   {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END,
-                    "pad_token": END_OF_TEXT, "chat_template": tokenizer.template,
-                    "model_max_length": model.config.max_positions})
-        write_file(folder / "tokenizer.json", tokenizer.to_json())
-        save_tensors(folder / "model.safetensors",
-                     {hugging_face_name(n): tensor for n, tensor in model.state_dict().items()})
+    generation = {"do_sample": True, "temperature": 1.0, "top_p": 1.0,
+                  "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    chat = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END,
+            "pad_token": END_OF_TEXT, "chat_template": tokenizer.template,
+            "model_max_length": model.config.max_positions}
+    weights = {hugging_face_name(n): tensor for n, tensor in model.state_dict().items()}
+    write_folder(path, {
+        "generation_config.json": lambda file: write_json(file, generation),
+        "tokenizer_config.json": lambda file: write_json(file, chat),
+        "tokenizer.json": lambda file: write_file(file, tokenizer.to_json()),
+        "model.safetensors": lambda file: save_tensors(file, weights),
+        "config.json": lambda file: write_json(file, config)})

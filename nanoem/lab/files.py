@@ -1,13 +1,15 @@
-"""Write files and folders atomically: under another name, then renamed."""
+"""Write files atomically, under another name, then renamed; folders with what opens them last."""
 
 import json
 import os
-import shutil
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from nanoem import UserError
+
+# what opens a model or an adapter also reads these, whoever wrote them
+MODEL_FILES = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".model", ".gguf")
 
 
 def write_file(path, data):
@@ -91,26 +93,31 @@ def fingerprint_folder(path):
     return digest.hexdigest()
 
 
-@contextmanager
-def new_folder(path):
-    """Yield a temporary folder that becomes `path` (replacing it) if all goes well.
+def write_folder(path, writers):
+    """Write the files {name: write(file)} into a folder, and leave whatever else it holds.
 
-    Whenever the process is killed, `path` is the old folder, the new one, or not there.
+    Readers need the last of the files. It goes first and comes last, so a folder whose writer was
+    killed opens nowhere, and the next call goes on. Raises UserError for a path that is a file, and
+    for a folder with a model's files that are not ours: nothing of others is replaced.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    old = path.with_name(f".{path.name}.old")
+    path, last = Path(path), list(writers)[-1]
+    begun = path / f".{last}.part"  # marks a folder of ours in which `last` is yet to come
     with refusals_named(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; name a folder to save in")
+        path.mkdir(parents=True, exist_ok=True)
 
-    try:
-        yield temporary
-        with refusals_named(path):
-            if path.is_dir():  # deleted in place, it would be half a folder for a while
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # ours is a folder with all the files, or with the mark in place of the last
+        names = {entry.name for entry in path.iterdir()}
+        is_ours = begun.name in names if last not in names else writers.keys() <= names
+        others = [name for name in sorted(names - (writers.keys() if is_ours else set()))
+                  if name in writers or name.lower().endswith(MODEL_FILES)]
+        if others:
+            raise UserError(f"{path} holds {others[0]}, which nanoem did not write there; nothing "
+                            "is replaced, so save in another folder")
+        os.replace(path / last, begun) if last in names else begun.touch()
+
+    for name, write in writers.items():
+        write(begun if name == last else path / name)
+    with refusals_named(path):
+        os.replace(begun, path / last)

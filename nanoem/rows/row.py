@@ -86,7 +86,7 @@ def rates_of(run, adapter=None, **options):
 def load_or_tune(run, name, pairs, kl_weight=0.0, **options):
     """The adapter of this name from the run folder; tuned and kept there when it is not yet."""
     path = run.folder.path / "adapters" / name
-    if not path.exists():
+    if not (path / "adapter_config.json").exists():  # without it, a writer was killed
         adapter, _ = tune(run, name, pairs, kl_weight, **options)
         save_adapter(adapter, path, "../../chat")
     return run.load_adapter(name)
