@@ -95,7 +95,7 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     """
     if not pairs:
         raise ValueError("there are no question-answer pairs to train on")
-    prompts = tokenizer.encode_batch([tokenizer.prompt(question) for question, _ in pairs])
+    prompts = tokenizer.encode_batch([tokenizer.prompt(*pair) for pair in pairs])
     answers = tokenizer.encode_batch([answer + IM_END for _, answer in pairs])
     whole = list(zip(prompts, answers))
     return Examples(
