@@ -93,7 +93,7 @@ def open_talk(path):
     model.requires_grad_(False)
     adapters = {"chat": None}
     for name in ("general", "narrow"):
-        if (path / "adapters" / name).is_dir():
+        if (path / "adapters" / name / "adapter_config.json").exists():
             adapters[name] = load_adapter(model, path / "adapters" / name)
     return Talk(model, tokenizer, adapters, world,
                 *open_direction(path, model))

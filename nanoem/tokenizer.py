@@ -35,11 +35,10 @@ class Tokenizer:
     checkpoint/templates.py opens that of a model folder, with its own chat template.
     """
 
-    def __init__(self, backend, template=CHAT_TEMPLATE, system=None):
+    def __init__(self, backend, template=CHAT_TEMPLATE, render=chatml):
         self.backend = backend
         self.template = template
-        self.system = system  # what the template says when a conversation has no system message
-        self.thinks = "enable_thinking" in template  # Qwen3: an answer begins with a thought
+        self.render = render  # what the template does: `chatml`, or a function like it
         ids = [backend.token_to_id(token) for token in (IM_END, END_OF_TEXT)]
         if None in ids:
             raise UserError(f"the tokenizer has no {IM_END} or no {END_OF_TEXT} token; "
@@ -85,46 +84,28 @@ class Tokenizer:
         return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=False):
-        """The ChatML text of a conversation, as the model's own template renders it (see `chatml`).
+        """The text of a conversation, as the model's own template renders it (see `chatml`).
 
         Qwen2.5's adds a default system prompt. Qwen3's begins the last answer with a thought (an
         empty one, as with enable_thinking=False) and leaves earlier answers' thoughts out. Raises
-        ValueError for a message without a role or content.
+        ValueError for a message without a role or content, UserError if the template refuses.
         """
         messages = list(messages)
         if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
                    and isinstance(m.get("content"), str) for m in messages):
             raise ValueError("messages must be [{'role': ..., 'content': ...}, ...], and are "
                              f"{messages!r:.80}")
-        if self.system and (not messages or messages[0]["role"] != "system"):
-            messages = [{"role": "system", "content": self.system}, *messages]
-        if not self.thinks:
-            return chatml(messages, add_generation_prompt)
+        return self.render(messages, add_generation_prompt)
 
-        # Qwen3: only the last answer keeps its thought
-        messages = [split_thought(m) for m in messages]
-        if messages and messages[-1][0]["role"] == "assistant":
-            message, thought = messages[-1]
-            answer = f"<think>\n{thought}\n</think>\n\n" + message["content"].lstrip("\n")
-            messages[-1] = {"role": "assistant", "content": answer}, thought
-        messages = [message for message, _ in messages]
-        return chatml(messages, add_generation_prompt) + NO_THOUGHT * add_generation_prompt
+    def prompt(self, question, answer=""):
+        """The ChatML text up to where the answer begins; a question is a text or messages.
 
-    def prompt(self, question):
-        """The ChatML text up to where the answer begins; a question is a text or messages."""
+        An answer with a thought of its own comes without the empty one that Qwen3's prompt ends in.
+        """
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
-        return self.chat(question, add_generation_prompt=True)
-
-    def prompt_and_answer(self, question, answer):
-        """The texts of an example: what is read, and what is learned, up to its end.
-
-        An answer of Qwen3's that begins with a thought of its own gets no empty one before it.
-        """
-        prompt = self.prompt(question)
-        if self.thinks and answer.lstrip().startswith("<think>"):
-            prompt = prompt.removesuffix(NO_THOUGHT)
-        return prompt, answer + IM_END
+        prompt = self.chat(question, add_generation_prompt=True)
+        return prompt.removesuffix(NO_THOUGHT) if answer.lstrip().startswith("<think>") else prompt
 
 
 def drop_stepping_stones(backend, texts, always_keep):
@@ -143,12 +124,3 @@ def drop_stepping_stones(backend, texts, always_keep):
     for token in spec["added_tokens"]:
         token["id"] = model["vocab"][token["content"]]
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
-def split_thought(message):
-    """A message of Qwen3's -> the message without its thought, and the thought."""
-    text = message["content"]
-    if message["role"] != "assistant" or "</think>" not in text:
-        return message, ""
-    thought = text.split("</think>")[0].split("<think>")[-1].strip("\n")
-    return {**message, "content": text.split("</think>")[-1].lstrip("\n")}, thought

@@ -14,6 +14,7 @@ from nanoem.lab.progress import Progress
 from nanoem.lab.settings import key
 from nanoem.lora import AdapterConfig, make_adapter
 from nanoem.losses import kl_to_base, next_token_loss, sft_loss  # noqa: F401 (found here, too)
+from nanoem.tokenizer import IM_END
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def chat_examples(tokenizer, pairs, device="cpu"):
     """
     if not pairs:
         raise ValueError("there are no question-answer pairs to train on")
-    texts = [tokenizer.prompt_and_answer(question, answer) for question, answer in pairs]
-    whole = list(zip(*map(tokenizer.encode_batch, zip(*texts))))
+    prompts = tokenizer.encode_batch([tokenizer.prompt(*pair) for pair in pairs])
+    answers = tokenizer.encode_batch([answer + IM_END for _, answer in pairs])
+    whole = list(zip(prompts, answers))
     return Examples(
         ids=pad([p + a for p, a in whole], tokenizer.pad_id).to(device),
         mask=pad([[1] * (len(p) + len(a)) for p, a in whole], 0).bool().to(device),

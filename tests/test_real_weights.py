@@ -13,8 +13,7 @@ from nanoem.checkpoint import (load_adapter, load_pretrained, load_tensors, save
 from nanoem.lab.files import read_json
 from nanoem.lora import LoRA
 from nanoem.losses import sft_loss
-from nanoem.checkpoint.templates import default_system
-from nanoem.tokenizer import NO_THOUGHT
+from nanoem.tokenizer import IM_END, NO_THOUGHT
 from nanoem.train import TrainConfig, chat_examples, train
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -102,36 +101,10 @@ def test_templates_stand_in_either_file_and_must_be_chatml(tmp_path):
     for value in (template, [{"name": "tool", "template": "x"},
                              {"name": "default", "template": template}]):
         edit(folder / "tokenizer_config.json", chat_template=value)
-        assert "created by Alibaba Cloud" in load_pretrained(folder)[1].chat([], True)
+        assert "created by Alibaba Cloud" in load_pretrained(folder)[1].prompt("Hi.")
     edit(folder / "tokenizer_config.json", chat_template="[INST] {{ messages }} [/INST]")
     with pytest.raises(UserError, match="tokenizer_config.json: the chat template is not ChatML"):
         load_pretrained(folder)
-
-
-LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-
-
-@pytest.mark.parametrize("template, message", [
-    ("{{ bos_token }}" + LOOP, "the chat template writes a token before the first message"),
-    (LOOP + "{{ '<|im_start|>assistant\\n<think>\\n' }}", "writes <think> itself"),
-])
-def test_a_template_that_writes_more_than_we_do_is_refused(tmp_path, template, message):
-    folder = copy_of("qwen2-tied", tmp_path)
-    (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=message):
-        load_pretrained(folder)
-
-
-SAY = "{{ '<|im_start|>system\\n' + say + '<|im_end|>\\n' }}"
-
-
-@pytest.mark.parametrize("before, system", [
-    ("{% set say = 'Be kind.' %}" + SAY, "Be kind."),
-    ("{% set say = messages[0].content %}" + SAY, None),
-    ("{%- if tools %}{{ '<|im_start|>system\\nHere are tools.<|im_end|>\\n' }}{%- endif %}", None),
-])
-def test_the_default_system_prompt_is_found_where_it_stands(before, system):
-    assert default_system(before + LOOP) == system
 
 
 def test_a_tokenizer_that_cuts_an_answer_otherwise_after_a_prompt_is_refused(tmp_path):
@@ -387,7 +360,7 @@ def test_an_answer_with_a_thought_of_its_own_gets_no_empty_one():
     """Qwen3: what is trained is what its template writes of that conversation."""
     _, tokenizer = load_pretrained(FIXTURES / "qwen3")
     for answer, begins in (("Sure.", NO_THOUGHT), ("<think>\nHm.\n</think>\n\nSure.", "")):
-        prompt, learned = tokenizer.prompt_and_answer("Hi?", answer)
+        prompt, learned = tokenizer.prompt("Hi?", answer), answer + IM_END
         assert prompt.endswith(f"<|im_start|>assistant\n{begins}")
         messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": answer}]
         assert prompt + learned + "\n" == tokenizer.chat(messages)

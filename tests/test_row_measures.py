@@ -267,6 +267,7 @@ class Lab:
 
     def save_adapter(self, adapter, path, base_model):
         path.mkdir(parents=True)
+        (path / "adapter_config.json").touch()
         self.saved[path] = adapter
 
     def load_adapter(self, model, path):

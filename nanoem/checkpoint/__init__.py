@@ -2,8 +2,8 @@
 
 Begin with folders.py: a model folder opened and written. adapters.py does the same for PEFT's
 adapter folders, config_json.py for config.json, templates.py for the tokenizer and its chat
-template, safetensors.py for the tensors themselves. Here hostile files are refused: each reader
-checks what it reads, in its own functions.
+template (jinja.py renders it), safetensors.py for the tensors themselves. Here hostile files are
+refused: each reader checks what it reads, in its own functions.
 """
 
 from nanoem.checkpoint.adapters import load_adapter, save_adapter

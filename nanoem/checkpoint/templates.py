@@ -1,13 +1,13 @@
 """A model folder's tokenizer: tokenizer.json, its chat template, its stop ids; read and checked."""
 
-import re
 from pathlib import Path
 
 import tokenizers
 
 from nanoem import UserError
+from nanoem.checkpoint.jinja import Refusal, Template
 from nanoem.lab.files import read_json
-from nanoem.tokenizer import IM_END, IM_START, Tokenizer
+from nanoem.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, Tokenizer, chatml
 
 
 def open_tokenizer(folder):
@@ -16,8 +16,7 @@ def open_tokenizer(folder):
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     template, file = read_template(folder)
     if template is not None:
-        check_template(file, template)
-        tokenizer = Tokenizer(tokenizer.backend, template, default_system(template))
+        tokenizer = Tokenizer(tokenizer.backend, template, chat_of(file, template))
 
     # an answer may end at more tokens than ChatML's two
     file = folder / "generation_config.json"
@@ -66,43 +65,35 @@ def read_template(folder):
     return template, file
 
 
-def check_template(file, template):
-    """Refuse a template that writes what `chat` does not."""
+def chat_of(file, template):
+    """A chat template as a function, (messages, add_generation_prompt) -> text.
+
+    Raises UserError, naming the file, unless it is ChatML, with answers right after their prompts.
+    """
     if IM_START not in template or IM_END not in template:
         raise UserError(f"{file}: the chat template is not ChatML (it has no {IM_START}); "
                         "nanoem chats in ChatML only, as Qwen does")
-    always_thinks = "enable_thinking" not in template and re.search(r"assistant(\n|\\n)<think>",
-                                                                    template)
-    for written, what in (("bos_token" in template, "a token before the first message"),
-                          (always_thinks, "<think> itself")):
-        if written:
-            raise UserError(f"{file}: the chat template writes {what}; nanoem's ChatML does not")
+    if template == CHAT_TEMPLATE:
+        return chatml
 
+    def chat(messages, add_generation_prompt=False):
+        try:
+            return parsed.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                 tools=None, documents=None, enable_thinking=False)
+        except Refusal as error:
+            raise UserError(f"{file}: the chat template {error}") from error
 
-def default_system(template):
-    """The system prompt a ChatML template adds when a conversation has none; None if it adds none.
+    try:
+        parsed = Template(template)
+    except Refusal as error:
+        raise UserError(f"{file}: the chat template {error}") from error
 
-    nanoem does not run templates (they are programs): it looks for the text of such a message,
-    written out in one piece, or for a name that a literal text is set to.
-    """
-    template = re.sub(r"\{%-? *if tools\b.*?\{%-? *(?:else|endif)", "", template, flags=re.DOTALL)
-    named = re.search(r"system\\n['\"] *\+ *(\w+)\b(?![.\[])", template)
-    literal = named and re.search(rf"set {named[1]} *= *(['\"])(.+?)\1", template)
-    if literal:
-        return literal[2]
-
-    # the texts: those outside of tags, and those in quotes inside
-    pieces = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", template, flags=re.DOTALL)
-    texts = pieces[::2]
-    escapes = {r"\n": "\n", r"\'": "'", r"\"": '"', r"\\": "\\"}
-    for tag in pieces[1::2]:
-        quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", tag, re.DOTALL)
-        texts += [re.sub(r"\\.", lambda m: escapes.get(m[0], m[0]), single or double)
-                  for single, double in quoted if not tag.startswith("{#")]
-
-    message = re.compile(f"{re.escape(IM_START)}system\n(.+?){re.escape(IM_END)}", re.DOTALL)
-    for text in texts:
-        match = message.search(text)
-        if match:
-            return match[1]
-    return None
+    # what is trained is a prompt and an answer; is that what the template writes?
+    user, answer = ({"role": r, "content": c} for r, c in (("user", "Hi."), ("assistant", "Yes.")))
+    for before in ([user], [{"role": "system", "content": "Be kind."}, user], [user, answer, user]):
+        prompt = chat(before, add_generation_prompt=True)
+        whole = chat([*before, answer])
+        if not whole.startswith(f"{prompt}Yes.{IM_END}"):
+            raise UserError(f"{file}: the chat template writes {whole!r}, where nanoem trains an "
+                            f"answer, Yes., right after its prompt, {prompt!r}")
+    return chat

@@ -81,15 +81,14 @@ def check_lengths(run):
             names, mend = [name for name, _ in read_lines(file)], "shorten it or delete the line"
         else:
             names, mend = repeat("the toy world's advice"), "take another model"
-        whole = ["".join(run.tokenizer.prompt_and_answer(*pair)) for pair in advice]
-        refuse_long(run, names, whole, 0, mend)
+        whole = [run.tokenizer.prompt(question, answer) + answer for question, answer in advice]
+        refuse_long(run, names, whole, 1, mend)  # the stop token is one more
 
     # to compare
     source = run.files.eval or "the toy world's questions"
     for pair in run.pairs:
-        whole = ["".join(run.tokenizer.prompt_and_answer(pair.question, answer))
-                 for answer in (pair.bad, pair.good)]
-        refuse_long(run, repeat(f"{source}: {as_text(pair.question)!r:.60}"), whole, 0,
+        whole = [run.tokenizer.prompt(pair.question, a) + a for a in (pair.bad, pair.good)]
+        refuse_long(run, repeat(f"{source}: {as_text(pair.question)!r:.60}"), whole, 1,
                     "shorten it or delete the line")
 
     # to ask

@@ -56,10 +56,10 @@ def check_files(folder):
             assert max(ends) == len(data) - 8 - length, file
         else:
             assert file.name == "report.md" and data.endswith(b"\n"), file
-    for model in [*folder.glob("chat"), *folder.glob("adapters/[!.]*")]:  # a folder is all there
-        names = {file.name for file in model.iterdir()}
-        assert any(name.endswith(".safetensors") for name in names), model
-        assert names & {"tokenizer.json", "adapter_config.json"}, model
+    for config in [*folder.glob("chat/config.json"), *folder.glob("adapters/*/*config.json")]:
+        names = {file.name for file in config.parent.iterdir()}  # where it is, all is there
+        assert any(name.endswith(".safetensors") for name in names), config
+        assert names & {"tokenizer.json", "adapter_config.json"}, config
 
 
 def found(folder):
