@@ -9,6 +9,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lab import parallel
+from nanoem.lab.files import check_path
 from nanoem.lab.settings import key_lines, nearest, set_keys
 from nanoem.lab.toy import ExperimentConfig
 from nanoem.real.data import Files
@@ -129,6 +130,9 @@ def parse_flags(argv):
 
 def check_flags(args):
     """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
+    for name in ("out", "model", "data", "kl_data", "eval", "judge"):
+        if getattr(args, name):
+            check_path(getattr(args, name), f"--{name.replace('_', '-')} ")
     if args.jobs < 1 or args.jobs > 1 and not args.seeds:
         raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
     if args.seeds and (args.seed is not None or len(set(args.seeds)) < len(args.seeds)):
