@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: killed at random moments, and on a full disk."""
 
+import os
 import random
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def test_a_folder_keeps_what_others_put_there(tmp_path):
         (folder / "deeper").mkdir(exist_ok=True)
         assert {path.name for path in folder.iterdir()} == {"c.json", "model.safetensors",
                                                             "notes.txt", "deeper"}
+    if os.name == "nt":
+        return  # links need a privilege there
     (tmp_path / "link").symlink_to(folder)
     write_folder(tmp_path / "link", WRITERS)
     assert (tmp_path / "link").is_symlink() and (folder / "notes.txt").read_text() == "mine"
