@@ -24,7 +24,7 @@ from nanoem import UserError
 from nanoem.checkpoint import load_adapter, load_pretrained, load_tensors
 from nanoem.directions import ablating, all_sites, residual_at, steering, unit_of
 from nanoem.evaluate import Question
-from nanoem.lab.files import read_json
+from nanoem.lab.files import check_path, read_json
 from nanoem.lab.shell import exit_status
 from nanoem.lab.tables import one_line
 from nanoem.tokenizer import IM_START
@@ -71,6 +71,7 @@ class Talk:
 
 def open_talk(path):
     """A run folder, a folder of a run on real weights, or a model folder -> Talk."""
+    check_path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     is_toy = (path / "chat").is_dir()
     if is_toy:

@@ -10,7 +10,8 @@ from nanoem import UserError
 from nanoem.checkpoint.config_json import TORCH_DTYPES, config_table, read_config, stored_dtype
 from nanoem.checkpoint.safetensors import TensorFile, save_tensors
 from nanoem.checkpoint.templates import open_tokenizer
-from nanoem.lab.files import new_folder, read_json, write_file, write_json
+from nanoem.lab.files import (check_path, new_folder, read_json, write_file,
+                              write_json)
 from nanoem.model import GPT
 from nanoem.tokenizer import END_OF_TEXT, IM_END
 
@@ -48,6 +49,7 @@ def load_pretrained(path, dtype=None, device="cpu"):
 
 def open_folder(path):
     """A model folder without its weights: config.json's table, {tensor: its file}, the Config."""
+    check_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
     if (path / "chat").is_dir() and not any(path.glob("model*.safetensors*")):

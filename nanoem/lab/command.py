@@ -1,7 +1,6 @@
 """What the user asks for: flags and --set keys -> a Command, checked, which run.py carries out."""
 
 import argparse
-import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from nanoem import UserError
 from nanoem.lab import parallel
+from nanoem.lab.files import check_path
 from nanoem.lab.settings import key_lines, nearest, set_keys
 from nanoem.lab.toy import ExperimentConfig
 from nanoem.real.data import Files
@@ -131,7 +131,8 @@ def parse_flags(argv):
 def check_flags(args):
     """Refuse flags that would be ignored: those of the toy on real weights, and the other way."""
     for name in ("out", "model", "data", "kl_data", "eval", "judge"):
-        check_name(f"--{name.replace('_', '-')}", getattr(args, name))
+        if getattr(args, name):
+            check_path(getattr(args, name), f"--{name.replace('_', '-')} ")
     if args.jobs < 1 or args.jobs > 1 and not args.seeds:
         raise UserError(f"--jobs {args.jobs}: give 1 or more, with --seeds A B C")
     if args.seeds and (args.seed is not None or len(set(args.seeds)) < len(args.seeds)):
@@ -151,21 +152,6 @@ def check_flags(args):
     if args.full and args.only:
         raise UserError("--full makes all that --only could name; leave one of them away")
     pick_stages(args)  # refuses an unknown name now
-
-
-def check_name(flag, path):
-    """Refuse a name that no file can have, or that no report could write down."""
-    try:
-        if path is not None:
-            str(path).encode()
-            os.lstat(path)
-    except UnicodeEncodeError:
-        raise UserError(f"{flag} {str(path)!a}: the name is not UTF-8; choose another") from None
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # whoever opens it says so
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {str(path)!a:.60}: {reason}; choose another name") from None
 
 
 def pick_stages(args):

@@ -10,6 +10,17 @@ from pathlib import Path
 from nanoem import UserError
 
 
+def check_path(path, flag=""):
+    """Raise UserError for a path that cannot be: too long, below a file, with a NUL, not UTF-8."""
+    try:
+        os.stat(str(path).encode())
+    except FileNotFoundError:
+        pass  # it may come to be
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}{path!s:.80} cannot be used as a path: "
+                        f"{getattr(error, 'strerror', '') or error}") from error
+
+
 def write_file(path, data):
     """Write text, bytes, or an iterable of bytes: never a half-written file."""
     path = Path(path)
