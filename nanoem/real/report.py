@@ -91,7 +91,7 @@ def finding(results):
 
 def with_direction(results):
     """The results of those seeds on which a direction was found."""
-    return [r for r in results if "rates" in r["directions"]]
+    return [r for r in results if "rates" in r.get("directions", {})]
 
 
 def directed(results):
@@ -156,8 +156,9 @@ def solutions_figure(results):
 
 def direction_parts(results, folder):
     """What was found about the direction: a table and two figures; or why there is none."""
-    if not with_direction(results):
-        return ["## The direction", results[0]["directions"]["none"]]
+    if not with_direction(results):  # and an older run never looked for one
+        none = results[0].get("directions", {}).get("none")
+        return ["## The direction", none] if none else []
     results = with_direction(results)
     save(direction_figure(results), folder / "figures" / "one_direction.png")
     save(solutions_figure(results), folder / "figures" / "solutions.png")
