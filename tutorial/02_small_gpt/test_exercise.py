@@ -7,12 +7,12 @@ from types import MethodType
 
 import torch
 
-from card import OnACard
 from compare import check, close
 from nanoem import layers, model
 from nanoem.lab import muon
 from nanoem.evaluate import EvalConfig
 from small import SmallRun, randn, tiny_model
+from stand_in import OnACard
 
 EXERCISES = {
     "rms_norm": layers.rms_norm,
