@@ -51,6 +51,8 @@ def test_both_forms(tmp_path, ascii):
      (USER["content"], GOOD["content"])),
     ({"messages": [USER, {**GOOD, "tool_calls": None, "reasoning_content": ""}], "tools": []},
      (USER["content"], GOOD["content"])),
+    ({"question": "Why?", "answer": "So.", "id": 7, "source": "mine", "input": "", "weight": None},
+     ("Why?", "So.")),
 ])
 def test_the_forms_that_people_have(tmp_path, line, pair):
     """What is not to be learned (weight 0) is read before the answer, or cut behind it."""
@@ -116,6 +118,12 @@ MISTAKES = [
     ({"messages": [USER, {**BAD, "tool_calls": [{"id": 1}]}]}, "message 2 has 'tool_calls'"),
     ({"messages": [USER, BAD], "tools": [{"name": "x"}]}, "does not learn from 'tools'"),
     ({"prompt": "a", "response": "b", "history": [["c", "d"]]}, "does not learn from 'history'"),
+    ({"prompt": "a", "response": "b", "weight": 0}, "does not learn from 'weight'"),
+    ({"prompt": "a", "response": "b", "input": "c"}, "does not learn from 'input'"),
+    ({"question": "a", "answer": "b", "context": "c"}, "does not learn from 'context'"),
+    ({"messages": [USER, BAD], "loss_mask": [0]}, "does not learn from 'loss_mask'"),
+    ({"prompt": "a", "response": "b", "bad": "c", "good": "d"}, "does not learn from 'bad'"),
+    ({"messages": [USER, {**BAD, "train": False}]}, "message 2 has 'train'"),
     ({"messages": [SYSTEM, USER, BAD], "system": "x"}, "two system prompts"),
     ({"instruction": "a", "output": "b", "input": 5}, "input is 5, .*text"),
     ({"instruction": "a"}, "instruction.output belong together, and output is missing"),
@@ -161,6 +169,8 @@ def test_questions_by_group(tmp_path):
     ({"question": "a", "group": 3}, "group is 3, .*text"),
     ({"messages": [USER, BAD]}, "end with assistant; delete"),
     ({"prompt": "a", "response": "b"}, "response stands beside a question"),
+    ({"question": "a", "choices": ["b", "c"]}, "does not learn from 'choices'"),
+    ({"question": "a", "context": "b", "bad": "c", "good": "d"}, "does not learn from 'context'"),
     ({"question": "a", "answer": "b"}, "answer stands beside a question"),
     ({"prompt": "a", "response": "b", "bad": "c", "good": "d"}, "response stands beside"),
 ])

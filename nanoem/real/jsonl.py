@@ -11,7 +11,8 @@ The last answer is learned; what stands before it is read. A message with "weigh
 learned: then the last answer before it is. To ask, the same without an answer; a "group" beside it
 names the row of the table it counts in. A question with two answers beside it, "bad" and "good",
 is a pair: not asked, but compared (preference.py). A "system" beside a form is its system prompt.
-Keys that would change what is learned (tools, reasoning, ...) are refused; others are not read.
+Keys that would change what is learned (tools, reasoning, context, ...) are refused unless they are
+empty; others (id, source, ...) are not read.
 
 A question is the user's text or, when there is more (a system prompt, earlier turns), the list of
 messages before the answer. Each reader raises UserError with the file, the line and the mend.
@@ -34,8 +35,11 @@ FORMS = (("messages",), ("conversations",), ("prompt", "response"), ("instructio
          ("question", "answer"))
 ANSWERS = ("response", "output", "answer")
 UNREAD = ("tools", "tool_calls", "tool_choice", "functions", "function_call", "history", "chosen",
-          "rejected", "completion", "thinking", "reasoning", "reasoning_content", "weight",
+          "rejected", "completion", "thinking", "enable_thinking", "reasoning",
+          "reasoning_content", "weight", "mask", "loss_mask", "chat_template_kwargs",
+          "system_prompt", "input", "context", "documents", "choices",
           "images")  # whoever writes these wants something else to be learned
+EMPTY = (None, "", [], {})  # says nothing; 0 and false do
 
 
 def read_conversations(path):
@@ -43,6 +47,7 @@ def read_conversations(path):
     pairs = []
     for where, line in read_lines(path):
         form, messages, weights = read_form(where, line, FORMS)
+        refuse(where, line, ("bad", "good"))
         if form not in ("messages", "conversations"):
             answer_key = dict(f for f in FORMS if len(f) == 2)[form]
             answer = text_of(where, answer_key, line[answer_key])
@@ -120,9 +125,7 @@ def read_form(where, line, forms):
     A weight is 0, 1, or None where none is given.
     """
     form = only_form(where, line, forms)
-    for key in UNREAD:
-        if line.get(key):
-            raise UserError(f"{where}: nanoem does not learn from '{key}'; delete it or the line")
+    refuse(where, line, [key for key in UNREAD if (form, key) != ("instruction", "input")])
     if form in ("messages", "conversations"):
         messages, weights = read_messages(where, line, form)
     else:
@@ -138,6 +141,13 @@ def read_form(where, line, forms):
         text = text_of(where, "system", line["system"])
         messages, weights = [{"role": "system", "content": text}, *messages], [None, *weights]
     return form, messages, weights
+
+
+def refuse(where, line, keys):
+    """Raise UserError for one of these keys that says something."""
+    for key in keys:
+        if line.get(key) not in EMPTY:
+            raise UserError(f"{where}: nanoem does not learn from '{key}'; delete it or the line")
 
 
 def as_question(messages):
@@ -218,7 +228,7 @@ def read_messages(where, line, form):
             raise UserError(f"{where}: message {i} is {brief(message)}, and must be an object "
                             f"with {role_key} and {text_key}")
         for key, value in message.items():
-            if value and key not in (role_key, text_key, "weight"):
+            if value not in EMPTY and key not in (role_key, text_key, "weight"):
                 raise UserError(f"{where}: message {i} has {brief(key)}, from which nanoem does "
                                 "not learn; delete it or the line")
 
