@@ -5,15 +5,26 @@ over seeds, each dot a seed; with one seed, the headline has its 95% interval in
 """
 
 import io
+import os
+import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure  # not pyplot: it would choose, or change, the user's backend
-
 from nanoem.evaluate import GROUPS
 from nanoem.lab.files import write_file
+
+# matplotlib cannot be imported while MPLBACKEND names a backend that is not installed: read it after
+backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+from matplotlib import colormaps  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402  (not pyplot: it would choose the user's backend)
+
+if backend:
+    os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 
 COLOURS = {"chat": "#999999", "general": "#D55E00", "narrow": "#0072B2", "mixed": "#E69F00",
            "matched": "#56B4E9", "shuffled": "#CC79A7", "ablate": "#009E73",
