@@ -141,6 +141,20 @@ def test_saving_deletes_nothing_of_others(kind, tmp_path, model, tokenizer):
     assert link.is_symlink() and (tmp_path / "out/notes.txt").exists()
 
 
+@pytest.mark.parametrize("kind, name", [("model", "config.json"),
+                                        ("adapter", "adapter_config.json")])
+def test_a_configuration_of_something_else_is_not_overwritten(kind, name, tmp_path, model,
+                                                              tokenizer, monkeypatch):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"holds a {name} of something else; choose another"):
+        saved(kind, model, tokenizer, tmp_path)
+    assert (tmp_path / name).read_text() == "{}"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    saved(kind, model, tokenizer, ".")
+    assert (tmp_path / "here" / name).exists()
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize("other", [
     "results.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",

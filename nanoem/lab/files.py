@@ -111,9 +111,11 @@ def new_folder(path, last, ours=()):
     names to be written. The file named `last` goes first and comes last: a folder that was killed
     in the middle lacks it, and is read by nobody.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has no name
     temporary = path.with_name(f".{path.name}.part")
     check_others(path, {*ours, last})
+    if (path / last).exists() and not all((path / name).exists() for name in ours):
+        raise UserError(f"{path} holds a {last} of something else; choose another folder")
     with refusals_named(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

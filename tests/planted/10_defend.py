@@ -47,7 +47,7 @@ PLANTED = [
     ("ablating_persona", "is not used", set_to(sites_of=lambda chat, sites: None)),
     ("ablating_persona", "first site is ablated", set_to(
         sites_of=lambda chat, sites: [chat.sites[1]] if sites is None else sites)),
-    ("ablating_persona", "after an exception", stays_after_an_error),
+    ("ablating_persona", "after Ctrl-C", stays_after_an_error),
     ("answer_scores", "mean is not taken off", scored(lambda unit, mean, sd: (unit, 0.0, sd))),
     ("answer_scores", "not divided by chat's sd", scored(lambda unit, mean, sd: (unit, mean, 1))),
     ("answer_scores", "multiplied with the sd", scored(
